@@ -1,0 +1,61 @@
+# Everything a person runs. `make help` lists it.
+SHELL := /bin/bash
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/moestack
+UV := $(CACHE)/uv/bin/uv
+PY := .venv/bin/python
+PYTHON ?= python3
+FILE ?= manifests/examples/laptop.yaml
+STAMP := .venv/.moestack-stamp
+
+.PHONY: help setup up down test test-full check unit engine lock crd fmt system
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
+
+setup: $(STAMP) ## make .venv from the locks in requirements/
+$(UV): requirements/uv.txt
+	$(PYTHON) -m venv $(CACHE)/uv
+	$(CACHE)/uv/bin/python -m pip install -q --require-hashes -r requirements/uv.txt
+$(STAMP): requirements/dev.txt pyproject.toml shims/vllm/pyproject.toml | $(UV)
+	test -x $(PY) || $(UV) venv -q --python $(PYTHON) .venv
+	$(UV) pip sync -q --require-hashes requirements/dev.txt
+	$(UV) pip install -q --no-deps --no-build-isolation ./shims/vllm -e .
+	touch $@
+
+system: ## install the system packages (Debian, as root), or say what to install
+	@tools/system-packages
+
+up: setup system ## serve the tiny model on this machine: engine, gateway, Prometheus, tuner
+	$(PY) -m moe_cli.main up $(FILE) --tiny --chat
+
+down: setup ## stop what `make up` started
+	$(PY) -m moe_cli.main down
+
+check: setup ## formatting, lint, types, layers, generated files: quick
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(PY) -m moe_cli.main crd --check manifests/crd/moestack.dev_moedeployments.yaml
+
+unit: setup ## tests that need no engine
+	.venv/bin/pytest -m "not engine and not full"
+
+engine: setup system ## tests on the real vLLM and Ray Serve, one after another
+	.venv/bin/pytest -m "engine and not full"
+
+test: check unit engine ## everything that CI runs
+
+test-full: check system ## the long forms as well
+	.venv/bin/pytest
+
+crd: setup ## write the CRD from the types
+	$(PY) -m moe_cli.main crd --write manifests/crd/moestack.dev_moedeployments.yaml
+
+fmt: setup ## format and sort
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+lock: $(UV) ## resolve the locks again, with hashes and without registry addresses
+	$(UV) pip compile -q pyproject.toml --extra gateway --extra tuner --extra operator --extra serving-cpu --extra cli \
+	  --group dev --generate-hashes --no-header --no-emit-index-url --python-version 3.11 -o requirements/dev.txt
+	$(UV) pip compile -q requirements/uv.in --generate-hashes --no-header --no-emit-index-url -o requirements/uv.txt

@@ -1,0 +1,1 @@
+"""The MoEDeployment resource: types, defaults, rules, and the CRD generated from them."""

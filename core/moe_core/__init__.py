@@ -1,0 +1,1 @@
+"""Pure policies and the few shared means: clock, retry, log, HTTP client, signatures, wire types."""

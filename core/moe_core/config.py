@@ -1,0 +1,135 @@
+"""Configuration of each process, rendered by the operator in a cluster and by `moectl up` on one machine.
+
+A process reads one JSON document of its type, and nothing else but secrets from files.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_api.base import Model
+from moe_core.wire import Knobs
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class TargetConfig(Model):
+    """A closed API, or any OpenAI-compatible server, that requests may spill to."""
+
+    name: str
+    provider: Literal["openai", "openai-compatible", "anthropic", "gemini", "azure-openai", "bedrock"]
+    model: str
+    base_url: str | None = None
+    api_key_file: str | None = Field(default=None, description="file that holds the key; read again when it changes")
+    usd_per_m_input: Decimal = Decimal(0)
+    usd_per_m_output: Decimal = Decimal(0)
+
+
+class RevisionConfig(Model):
+    """One revision behind the gateway: its OpenAI endpoint and its board."""
+
+    name: str
+    url: str = Field(description="base of the OpenAI API, e.g. http://host:8000/v1")
+    board_url: str | None = None
+
+
+class SloConfig(Model):
+    """Promises, in seconds."""
+
+    ttft_p95_s: float = Field(gt=0)
+    itl_p95_s: float = Field(gt=0)
+
+
+class SpillConfig(Model):
+    """Starting values of the spill thresholds; knobs replace them live."""
+
+    miss_probability: float = Field(default=0.5, ge=0, le=1)
+    share_cap: float = Field(default=1.0, ge=0, le=1)
+    usd_per_day: Decimal | None = Field(default=None, description="None: no fallback spending is allowed beyond zero")
+
+
+class GatewayConfig(Model):
+    """Everything a gateway process knows."""
+
+    deployment: str
+    model: str = Field(description="model name that clients use")
+    host: str = "127.0.0.1"
+    port: Port = 0
+    admin_host: str = "127.0.0.1"
+    admin_port: Port = 0
+    revisions: tuple[RevisionConfig, ...]
+    weights: dict[str, int]
+    slo: SloConfig
+    targets: tuple[TargetConfig, ...] = ()
+    spill: SpillConfig = SpillConfig()
+    trusted_keys: tuple[str, ...] = Field(default=(), description="public keys (PEM) that may change knobs, weights")
+    state_dir: str | None = Field(default=None, description="where the budget store lies (SQLite)")
+    log_level: str = "INFO"
+
+
+class KnobBounds(Model):
+    """What the tuner may do, from spec.tuning and the engine's launch-time ceilings."""
+
+    capacity_factor_min: Decimal
+    capacity_factor_max: Decimal
+    active_seqs_min: int
+    active_seqs_max: int
+    overflow: Literal["Reroute", "Drop"] = "Reroute"
+    pinned: tuple[str, ...] = ()
+
+
+class TunerConfig(Model):
+    """Everything a tuner process knows about one deployment on one machine."""
+
+    deployment: str
+    mode: Literal["Off", "Recommend", "Auto"] = "Auto"
+    board_url: str
+    gateway_admin_urls: tuple[str, ...]
+    prometheus_url: str
+    signing_key_file: str
+    storage_url: str = Field(description="Optuna storage, e.g. sqlite:////var/lib/moestack/tuner.db")
+    decision_log: str = Field(description="append-only JSON lines, one for each decision")
+    host: str = "127.0.0.1"
+    port: Port = 0
+    slo: SloConfig
+    bounds: KnobBounds
+    max_lost_gate_mass: float = 0.02
+    changes_per_hour: int = 60
+    tick_s: float = 1.0
+    window_s: float = 10.0
+    paused: bool = False
+    log_level: str = "INFO"
+
+
+class ServingConfig(Model):
+    """Arguments of the Serve application's builder (`moe_serving.builder:build_app`): what serveConfigV2 carries."""
+
+    deployment: str = Field(description="namespace/name")
+    revision: str = "local"
+    model: str = Field(description="model name that clients use")
+    source: str = Field(description="checkpoint: a path, or a repository id")
+    accelerator: str = "cpu"
+    tensor_parallel: int = Field(default=1, ge=1)
+    data_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
+    expert_parallel: bool = True
+    replicas_min: int = Field(default=1, ge=0)
+    replicas_max: int = Field(default=1, ge=1)
+    max_model_len: int | None = None
+    max_active_seqs: int = Field(default=64, ge=1, description="launch-time ceiling")
+    max_batched_tokens: int = Field(default=2048, ge=1, description="launch-time ceiling")
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_gib: int = Field(default=1, ge=1, description="KV cache of a rank on a CPU")
+    enforce_eager: bool = False
+    prefix_caching: bool = True
+    redundant_experts: int = 0
+    engine_args: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    board_host: str = "127.0.0.1"
+    board_port: Port = 0
+    trusted_keys: tuple[str, ...] = ()
+    boot_knobs: Knobs | None = Field(default=None, description="what a replica boots with, until the board says more")

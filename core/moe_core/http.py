@@ -1,0 +1,51 @@
+"""The one HTTP client: aiohttp sessions with time limits, and JSON calls that fail with a sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import orjson
+
+MAX_ERROR_CHARS = 300
+
+
+class HttpError(Exception):
+    """A call that got no usable answer. `status` is 0 where there was no answer at all."""
+
+    def __init__(self, method: str, url: str, status: int, detail: str) -> None:
+        self.status = status
+        self.detail = detail
+        super().__init__(f"{method} {url}: {detail}" if status == 0 else f"{method} {url}: HTTP {status}: {detail}")
+
+
+def session(
+    *, connect_s: float = 2.0, read_s: float | None = 30.0, total_s: float | None = None, limit: int = 0
+) -> aiohttp.ClientSession:
+    """A session with limits on connecting and on the wait between two reads; `limit` 0 is no limit on connections."""
+    timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=connect_s, sock_read=read_s)
+    connector = aiohttp.TCPConnector(limit=limit, ttl_dns_cache=30)
+    return aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
+
+
+async def call_json(
+    client: aiohttp.ClientSession, method: str, url: str, body: object = None, *, total_s: float = 5.0
+) -> Any:
+    """Send JSON, return JSON. Raises HttpError: no answer, a status of 400 or above, an answer that is no JSON."""
+    data = None if body is None else orjson.dumps(body)
+    headers = {"Content-Type": "application/json"} if data is not None else {}
+    try:
+        async with client.request(
+            method, url, data=data, headers=headers, timeout=aiohttp.ClientTimeout(total=total_s)
+        ) as response:
+            raw = await response.read()
+            if response.status >= 400:
+                raise HttpError(method, url, response.status, raw[:MAX_ERROR_CHARS].decode("utf-8", "replace"))
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise HttpError(method, url, 0, str(error) or type(error).__name__) from None
+    if not raw:
+        return None
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise HttpError(method, url, response.status, "the answer is not JSON") from None

@@ -1,0 +1,136 @@
+"""Every Prometheus metric that our processes export, in one table: name, kind, labels, meaning.
+
+Exporters build from it, the tuner's queries, dashboards and alerts are checked against it. Expert metrics stay low in
+cardinality: per layer, never per layer × expert but for the few hottest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_REPLICA = ("deployment", "revision", "replica")
+_LAYER = (*_REPLICA, "layer")
+_GATEWAY = ("deployment", "target")
+
+LATENCY_BUCKETS_S = (
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25),
+    *(1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0),
+)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric family. A counter's name ends in `_total`."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    help: str
+
+
+def _counter(name: str, labels: tuple[str, ...], text: str) -> Metric:
+    return Metric(name, "counter", labels, text)
+
+
+def _gauge(name: str, labels: tuple[str, ...], text: str) -> Metric:
+    return Metric(name, "gauge", labels, text)
+
+
+def _histogram(name: str, labels: tuple[str, ...], text: str) -> Metric:
+    return Metric(name, "histogram", labels, text)
+
+
+# Exported by the board, for every replica of its revision.
+EXPERT_SLOTS = _counter(
+    "moestack_expert_slots_total", _LAYER, "(token, expert) slots that the router asked for, before capacity"
+)
+EXPERT_TOKENS = _counter("moestack_expert_tokens_total", _LAYER, "Tokens routed")
+EXPERT_DROPPED = _counter("moestack_expert_dropped_slots_total", _LAYER, "Slots left empty by capacity")
+EXPERT_REROUTED = _counter("moestack_expert_rerouted_slots_total", _LAYER, "Slots moved to another expert by capacity")
+EXPERT_OVERFLOW_KEPT = _counter(
+    "moestack_expert_overflow_kept_slots_total", _LAYER, "Slots kept above capacity because a group limit forced it"
+)
+EXPERT_LOST_GATE_MASS = _counter(
+    "moestack_expert_lost_gate_mass_total",
+    _LAYER,
+    "Gate mass lost to capacity, summed over tokens; divide by moestack_expert_tokens_total",
+)
+EXPERT_IMBALANCE = _gauge(
+    "moestack_expert_imbalance_ratio",
+    (*_LAYER, "by"),
+    "max/mean of load in the last window: by=expert (demand), by=rank (after capacity), by=rank_demand (before)",
+)
+EXPERT_CV = _gauge("moestack_expert_load_cv_ratio", _LAYER, "Coefficient of variation of demand over experts")
+EXPERT_HOT = _counter("moestack_expert_hot_slots_total", (*_LAYER, "expert"), "Slots of the few hottest experts")
+EXPERT_MAX_PREFILL = _gauge(
+    "moestack_expert_prefill_step_max_slots", _LAYER, "Most slots that one expert took in one prefill step, last window"
+)
+CAPACITY_FACTOR = _gauge(
+    "moestack_expert_capacity_factor", (*_REPLICA, "phase"), "Capacity factor in force by phase; +Inf is uncapped"
+)
+LAYERS_HOOKED = _gauge("moestack_expert_layers", (*_REPLICA, "state"), "MoE layers by state: hooked or bypassed")
+KNOBS_VERSION = _gauge("moestack_knobs_version", _REPLICA, "Lowest version of the knobs in force on any rank")
+ENGINE_RUNNING = _gauge("moestack_engine_running_requests", _REPLICA, "Requests in the engine's batch")
+ENGINE_WAITING = _gauge("moestack_engine_waiting_requests", _REPLICA, "Requests waiting in the engine")
+ENGINE_KV_USAGE = _gauge("moestack_engine_kv_cache_usage_ratio", _REPLICA, "Share of KV cache blocks in use")
+ENGINE_ACTIVE_LIMIT = _gauge("moestack_engine_active_seqs_limit", _REPLICA, "maxActiveSeqs in force")
+ENGINE_BATCHED_LIMIT = _gauge("moestack_engine_batched_tokens_limit", _REPLICA, "maxBatchedTokens in force")
+ENGINE_PROMPT_TOKENS = _counter("moestack_engine_prompt_tokens_total", _REPLICA, "Prompt tokens processed")
+ENGINE_OUTPUT_TOKENS = _counter("moestack_engine_generation_tokens_total", _REPLICA, "Tokens generated")
+ENGINE_PREEMPTIONS = _counter("moestack_engine_preemptions_total", _REPLICA, "Requests pushed out of the KV cache")
+ENGINE_STEPS = _counter("moestack_engine_steps_total", _REPLICA, "Forward passes")
+ENGINE_BUSY = _counter("moestack_engine_busy_seconds_total", _REPLICA, "Seconds in forward passes, slowest rank")
+RANK_MOE_SECONDS = _counter("moestack_rank_moe_seconds_total", (*_REPLICA, "rank"), "Seconds in expert kernels")
+BOARD_REPLICAS = _gauge("moestack_board_replicas", ("deployment", "revision"), "Replicas registered with the board")
+
+# Exported by the gateway.
+GATEWAY_REQUESTS = _counter(
+    "moestack_gateway_requests_total",
+    (*_GATEWAY, "tier", "outcome"),
+    "Requests by target (none: never sent) and outcome: ok, client_error, error, cut, cancelled or shed",
+)
+GATEWAY_TTFT = _histogram("moestack_gateway_ttft_seconds", _GATEWAY, "Arrival to first content token")
+GATEWAY_ITL = _histogram("moestack_gateway_itl_seconds", _GATEWAY, "A request's mean time between output tokens")
+GATEWAY_DURATION = _histogram("moestack_gateway_request_seconds", _GATEWAY, "Arrival to last byte")
+GATEWAY_IN_FLIGHT = _gauge("moestack_gateway_in_flight_requests", _GATEWAY, "Requests now at a target")
+GATEWAY_SPILLED = _counter("moestack_gateway_spilled_requests_total", (*_GATEWAY, "reason"), "Sent to a closed API")
+GATEWAY_SHED = _counter("moestack_gateway_shed_requests_total", ("deployment", "reason"), "Refused by 529 or 503")
+GATEWAY_PROMPT_TOKENS = _counter("moestack_gateway_prompt_tokens_total", _GATEWAY, "Prompt tokens")
+GATEWAY_OUTPUT_TOKENS = _counter("moestack_gateway_output_tokens_total", _GATEWAY, "Output tokens")
+GATEWAY_SPEND = _counter("moestack_gateway_spend_usd_total", _GATEWAY, "Dollars owed to closed APIs")
+GATEWAY_SLO = _counter(
+    "moestack_gateway_slo_requests_total", ("deployment", "result"), "Finished requests: result=met or missed"
+)
+GATEWAY_KNOBS_VERSION = _gauge("moestack_gateway_knobs_version", ("deployment",), "Version of the knobs in force")
+
+# Exported by the tuner.
+TUNER_DECISIONS = _counter(
+    "moestack_tuner_decisions_total", ("deployment", "loop", "action"), "Decisions by loop (fast, slow) and action"
+)
+TUNER_EXPLORING = _gauge("moestack_tuner_exploring", ("deployment",), "1 while a trial may run, 0 while it may not")
+TUNER_KNOBS_VERSION = _gauge("moestack_tuner_knobs_version", ("deployment",), "Version that the tuner last sent")
+TUNER_TRIALS = _counter("moestack_tuner_trials_total", ("deployment", "state"), "Trials of the slow loop by end state")
+TUNER_ACK_SECONDS = _histogram(
+    "moestack_tuner_ack_seconds", ("deployment",), "From decision to the last rank's acknowledgement"
+)
+TUNER_TICK_SECONDS = _histogram("moestack_tuner_tick_seconds", ("deployment",), "Time of one fast tick")
+
+ALL: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
+
+
+def counter(metric: Metric, registry: CollectorRegistry) -> Counter:
+    """A prometheus_client counter for a row of the table."""
+    return Counter(metric.name.removesuffix("_total"), metric.help, metric.labels, registry=registry)
+
+
+def gauge(metric: Metric, registry: CollectorRegistry) -> Gauge:
+    """A prometheus_client gauge for a row of the table."""
+    return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
+    """A prometheus_client histogram for a row of the table, with the latency buckets of this project."""
+    return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=LATENCY_BUCKETS_S)

@@ -1,0 +1,185 @@
+"""What our processes say to one another: knobs, acknowledgements, digests and weights.
+
+Knobs travel tuner → board → replicas and tuner → gateway as one signed document with one monotonic version.
+A replica or gateway answers with an `Ack`; replicas and gateways report a digest each second.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, field_serializer
+
+from moe_api.base import Model
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A fraction of a whole: 0.05 is 5 %."""
+
+
+class Overflow(StrEnum):
+    """What happens to a (token, expert) slot above an expert's capacity."""
+
+    UNLIMITED = "Unlimited"
+    REROUTE = "Reroute"
+    DROP = "Drop"
+    EXPERT_CHOICE = "ExpertChoice"
+
+
+class ExpertKnobs(Model):
+    """Expert capacity in force. A capacity factor of None leaves that phase uncapped."""
+
+    overflow: Overflow = Overflow.UNLIMITED
+    capacity_factor_prefill: Decimal | None = Field(default=None, gt=0)
+    capacity_factor_decode: Decimal | None = Field(default=None, gt=0)
+    per_token: dict[str, int] = Field(default_factory=dict, description="tier name → experts per token (k)")
+
+    @field_serializer("capacity_factor_prefill", "capacity_factor_decode", when_used="json-unless-none")
+    def _decimal(self, value: Decimal) -> str:
+        return format(value.normalize(), "f")
+
+
+class EngineKnobs(Model):
+    """Limits of the engine's scheduler, at most their launch-time ceilings. None keeps the ceiling."""
+
+    max_active_seqs: int | None = Field(default=None, ge=1)
+    max_batched_tokens: int | None = Field(default=None, ge=1)
+
+
+class FallbackKnobs(Model):
+    """Thresholds of the gateway's spill policy. None keeps the value of the resource."""
+
+    miss_probability: Share | None = Field(default=None, description="spill above this P(TTFT > SLO)")
+    share_cap: Share | None = Field(default=None, description="largest share of requests that may spill")
+
+
+class Knobs(Model):
+    """Every hot knob of one MoEDeployment, whole: a later version replaces an earlier one, never patches it."""
+
+    deployment: str = Field(description="namespace/name")
+    version: int = Field(ge=1, description="monotonic; a receiver refuses a lower one")
+    experts: ExpertKnobs = ExpertKnobs()
+    engine: EngineKnobs = EngineKnobs()
+    fallback: FallbackKnobs = FallbackKnobs()
+
+
+class Weights(Model):
+    """Traffic share of each revision at a gateway, in percent; they sum to 100."""
+
+    deployment: str
+    version: int = Field(ge=1)
+    percent: dict[str, Annotated[int, Field(ge=0, le=100)]]
+
+
+class Signed(Model):
+    """A command in an envelope: `payload` is the exact JSON text that was signed."""
+
+    kind: Literal["Knobs", "Weights"]
+    payload: str = Field(max_length=65536)
+    key_id: str = Field(max_length=64)
+    signature: str = Field(max_length=128, description="Ed25519 over kind, a newline and payload; base64")
+
+
+class Ack(Model):
+    """One rank's word that a version of the knobs is in force there, or why it is not."""
+
+    replica: str
+    rank: int = Field(ge=0, description="EP rank; 0 for a gateway")
+    version: int
+    applied_at_s: float = Field(description="unix time at which the rank began to use it")
+    step: int = Field(default=-1, description="forward passes that the rank had run by then; -1 where unknown")
+    error: str | None = None
+
+
+class LayerDigest(Model):
+    """Expert load of one MoE layer on one replica.
+
+    Windows cover the time since the digest before; counters run since the replica started and never go back.
+    A slot is one (token, expert) assignment: a token has k of them.
+    """
+
+    layer: int
+    hooked: bool = Field(description="False: this layer's routing bypasses the plugin and is not counted")
+    slots_total: int = Field(ge=0, description="slots demanded, before capacity")
+    dropped_total: int = Field(default=0, ge=0)
+    rerouted_total: int = Field(default=0, ge=0)
+    overflow_kept_total: int = Field(default=0, ge=0)
+    lost_gate_mass_total: float = Field(default=0.0, ge=0, description="sum over tokens; divide by tokens_total")
+    tokens_total: int = Field(default=0, ge=0)
+    window_slots: int = Field(default=0, ge=0)
+    expert_max_over_mean: float | None = Field(default=None, description="of demand in the window; None when idle")
+    expert_cv: float | None = Field(default=None, description="coefficient of variation of demand over experts")
+    rank_max_over_mean: float | None = Field(default=None, description="of assigned slots by EP rank in the window")
+    rank_slots: tuple[int, ...] = Field(default=(), description="assigned slots by EP rank in the window")
+    demand_rank_max_over_mean: float | None = Field(default=None, description="what it would be without capacity")
+    hottest: tuple[tuple[int, int], ...] = Field(default=(), description="(expert, slots_total) of the hottest few")
+    max_prefill_load: int = Field(default=0, description="most slots that one expert took in one prefill step")
+
+
+class EngineDigest(Model):
+    """State of one replica's engine."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: Share = 0.0
+    max_active_seqs: int
+    max_batched_tokens: int
+    ceiling_active_seqs: int
+    ceiling_batched_tokens: int
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+    busy_s_total: float = Field(default=0.0, description="seconds in forward passes, slowest rank")
+    rank_moe_s_total: tuple[float, ...] = Field(default=(), description="seconds in expert kernels by EP rank")
+
+
+class ReplicaDigest(Model):
+    """What a replica reports to the board each second."""
+
+    replica: str
+    revision: str = "local"
+    started_at_s: float
+    at_s: float
+    seq: int = Field(ge=0)
+    ranks: int = Field(ge=1)
+    knobs_version: int = Field(default=0, description="lowest version in force on any rank; 0 is boot")
+    knobs: ExpertKnobs = ExpertKnobs()
+    engine: EngineDigest
+    layers: tuple[LayerDigest, ...] = ()
+
+
+class TargetDigest(Model):
+    """One upstream of a gateway over the last window."""
+
+    name: str
+    local: bool
+    requests: int = 0
+    failures: int = 0
+    in_flight: int = 0
+    usd: Decimal = Decimal(0)
+
+
+class GatewayDigest(Model):
+    """What a gateway reports on its admin port: the last `window_s` seconds."""
+
+    gateway: str
+    at_s: float
+    window_s: float
+    knobs_version: int = 0
+    weights: dict[str, int] = Field(default_factory=dict)
+    arrivals: int = 0
+    completed: int = 0
+    failed: int = 0
+    spilled: int = 0
+    shed: int = 0
+    held: int = 0
+    in_flight: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft_p50_s: float | None = None
+    ttft_p95_s: float | None = None
+    itl_p95_s: float | None = None
+    slo_attained: Share | None = Field(default=None, description="share of finished requests within the SLO")
+    targets: tuple[TargetDigest, ...] = ()

@@ -1,0 +1,1 @@
+"""What fits, how fast, at what cost; and the simulator."""

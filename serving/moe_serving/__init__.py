@@ -1,0 +1,1 @@
+"""Ray Serve application, board and the vLLM plugin."""

@@ -1,0 +1,1 @@
+"""The daemon that retunes hot knobs while traffic changes."""
