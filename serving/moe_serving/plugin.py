@@ -1,0 +1,56 @@
+"""Entry point of `vllm.general_plugins`: runs in every vLLM process and installs what belongs there.
+
+Kept light, because it runs in processes that serve HTTP too: hooks of workers are installed when the worker
+imports its extension class (`moe_serving.worker`). `MOESTACK_PLUGIN=0` leaves vLLM as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+WORKER_EXTENSION = "moe_serving.worker.WorkerExtension"
+_MARK = "_moestack_hooked"
+
+
+def enabled() -> bool:
+    """False when `MOESTACK_PLUGIN=0` asks for a stock vLLM."""
+    return os.environ.get("MOESTACK_PLUGIN", "1") != "0"
+
+
+def register() -> None:
+    """Install the hooks of this process once."""
+    if not enabled():
+        return
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.core import EngineCore
+
+    from moe_serving import engine_core
+
+    wrap_once(EngineArgs, "create_engine_config", _with_worker_extension)
+    for name in engine_core.UTILITIES:
+        if not hasattr(EngineCore, name):
+            setattr(EngineCore, name, getattr(engine_core, name))
+
+
+def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace `owner.name` by `make(owner.name)`, unless that was done before.
+
+    Raises AttributeError where `owner` has no such method: this vLLM is not one that the plugin knows.
+    """
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+    wrapped = make(original)
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def _with_worker_extension(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.worker_extension_cls:
+            self.worker_extension_cls = WORKER_EXTENSION
+        return original(self, *args, **kwargs)
+
+    return create_engine_config

@@ -1,0 +1,189 @@
+"""The worker's side: hooks that are installed when a vLLM worker imports this module, and calls that it answers.
+
+`WorkerExtension` is mixed into vLLM's worker class (`worker_extension_cls`); its methods are reached by collective_rpc,
+which every rank of an engine runs at the same point between two steps.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from moe_core.wire import ExpertKnobs
+from moe_serving.plugin import enabled, wrap_once
+from moe_serving.rank import DECODE, PREFILL, RANK, now
+
+
+def install() -> None:
+    """Hook routers, the model runner and, on a CPU, the experts."""
+    from vllm.platforms import current_platform
+
+    wrap_once(BaseRouter, "__init__", _register_router)
+    wrap_once(GPUModelRunner, "_prepare_inputs", _note_phases)
+    wrap_once(GPUModelRunner, "execute_model", _time_step)
+    if not current_platform.is_cpu():
+        wrap_once(GPUModelRunner, "load_model", _number_after_load)
+    else:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        from moe_serving.cpu_experts import hooked_apply
+
+        wrap_once(CPUModelRunner, "load_model", _number_after_load)
+        wrap_once(CPUUnquantizedExperts, "apply", hooked_apply)
+
+
+def _register_router(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._moestack_layer = -1  # numbered at its first use, when every attribute of the subclass is set
+        wrap_once(type(self), "_compute_routing", _count_and_cap)
+
+    return init
+
+
+def _count_and_cap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_routing(
+        self: Any, hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
+    ) -> Any:
+        topk_weights, topk_ids = original(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+        if self._moestack_layer < 0:
+            return topk_weights, topk_ids
+        return torch.ops.moestack.route(topk_weights, topk_ids, router_logits, self._moestack_layer)
+
+    return compute_routing
+
+
+def number_layers(model: Any) -> None:
+    """Number the model's MoE layers and note which are bypassed by a kernel that routes by itself."""
+    for name, module in model.named_modules():
+        router = getattr(module, "router", None)
+        if not isinstance(router, BaseRouter) or router._moestack_layer >= 0:
+            continue
+        router._moestack_layer = RANK.add_layer(router)
+        layer = RANK.layers[router._moestack_layer]
+        number = re.search(r"\.(\d+)\.", getattr(module, "layer_name", name))
+        layer.name = getattr(module, "layer_name", name)
+        layer.index = int(number.group(1)) if number else layer.index
+        experts = getattr(module, "routed_experts", None)
+        if experts is not None and experts.quant_method.is_monolithic:
+            layer.bypassed = f"monolithic kernel of {type(experts.quant_method).__name__}"
+        expert_map = getattr(experts, "expert_map", None)
+        layer.owner = None if expert_map is None else (expert_map >= 0).cpu()
+
+
+def _note_phases(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        count = batch.num_reqs
+        decoding = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
+        phases = np.where(decoding, DECODE, PREFILL).astype(np.uint8)
+        RANK.begin_step(np.repeat(phases, num_scheduled_tokens[:count]))
+        return original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+
+    return prepare_inputs
+
+
+def _time_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        started = now()
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            RANK.end_step(now() - started)
+
+    return execute_model
+
+
+class WorkerExtension:
+    """Calls that a vLLM worker answers for us."""
+
+    def moestack_start(self: Any) -> list[dict[str, Any]]:
+        """What this rank has: MoE layers, hooked or bypassed."""
+        return [
+            {
+                "layer": layer.index,
+                "name": layer.name,
+                "experts": layer.experts,
+                "top_k": layer.top_k,
+                "hooked": not layer.bypassed,
+                "why": layer.bypassed or layer.why_unknown,
+            }
+            for layer in RANK.layers
+        ]
+
+    def moestack_apply(self: Any, knobs: str, version: int) -> dict[str, Any]:
+        """Put expert knobs (JSON) in force; answers with what is in force then, and an error where it was refused."""
+        error = None
+        try:
+            RANK.apply(ExpertKnobs.model_validate_json(knobs), version)
+        except ValueError as refused:
+            error = str(refused)
+        return {
+            "rank": int(self.rank),
+            "version": RANK.knobs_version,
+            "step": RANK.steps,
+            "at_s": time.time(),
+            "error": error,
+        }
+
+    def moestack_read(self: Any) -> dict[str, Any]:
+        """Counters of this rank; the window's maxima begin anew."""
+        layers = []
+        for layer in RANK.layers:
+            layers.append(
+                {
+                    "layer": layer.index,
+                    "hooked": not layer.bypassed,
+                    "demand": layer.demand.tolist(),
+                    "assigned": layer.assigned.tolist(),
+                    "mine": None if layer.owner is None else torch.nonzero(layer.owner).squeeze(1).tolist(),
+                    "tokens": layer.tokens,
+                    "dropped": layer.dropped,
+                    "rerouted": layer.rerouted,
+                    "overflow_kept": layer.overflow_kept,
+                    "lost_gate_mass": layer.lost_gate_mass,
+                    "max_prefill_load": layer.max_prefill_load,
+                }
+            )
+            layer.max_prefill_load = 0
+        return {
+            "rank": int(self.rank),
+            "knobs": RANK.knobs.model_dump_json(by_alias=True, exclude_none=True),
+            "version": RANK.knobs_version,
+            "steps": RANK.steps,
+            "prompt_tokens": RANK.prompt_tokens,
+            "decode_tokens": RANK.decode_tokens,
+            "busy_s": RANK.busy_s,
+            "moe_s": RANK.moe_s,
+            "layers": layers,
+        }
+
+    def moestack_record(self: Any, steps: int, path: str | None = None) -> int:
+        """Keep the routing of the last `steps` layer calls (0 ends it); with `path`, save them there by torch.save."""
+        kept = 0 if RANK.recorder is None else len(RANK.recorder)
+        if path is not None and RANK.recorder is not None:
+            torch.save(list(RANK.recorder), f"{path}.rank{int(self.rank)}.pt")
+        RANK.recorder = deque(maxlen=steps) if steps else None
+        return kept
+
+
+def _number_after_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        number_layers(self.get_model())
+        return result
+
+    return load_model
+
+
+if enabled():
+    install()
