@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-_SECRET_NAMES = re.compile(r"(api[-_]?key|authorization|secret|token|password|credential)$", re.IGNORECASE)
-_SECRET_VALUES = re.compile(
-    r"(sk-[A-Za-z0-9_-]{8,}|Bearer\s+\S{8,}|AIza[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{16,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
-)
-REDACTED = "[redacted]"
-
-
-def redact(value: object) -> Any:
-    """The value without secrets: by the name of a field, and by the look of a key inside a string."""
-    if isinstance(value, str):
-        return _SECRET_VALUES.sub(REDACTED, value)
-    if isinstance(value, Mapping):
-        return {
-            str(name): REDACTED if _SECRET_NAMES.search(str(name)) and isinstance(item, str) else redact(item)
-            for name, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    return value
+from moe_api.redact import REDACTED as REDACTED  # noqa: PLC0414 - exported from here
+from moe_api.redact import redact as redact  # noqa: PLC0414
 
 
 class Log:

@@ -7,24 +7,15 @@ A replica or gateway answers with an `Ack`; replicas and gateways report a diges
 from __future__ import annotations
 
 from decimal import Decimal
-from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field, field_serializer
 
 from moe_api.base import Model
+from moe_api.enums import Overflow as Overflow  # noqa: PLC0414 - exported from here
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 """A fraction of a whole: 0.05 is 5 %."""
-
-
-class Overflow(StrEnum):
-    """What happens to a (token, expert) slot above an expert's capacity."""
-
-    UNLIMITED = "Unlimited"
-    REROUTE = "Reroute"
-    DROP = "Drop"
-    EXPERT_CHOICE = "ExpertChoice"
 
 
 class ExpertKnobs(Model):
