@@ -14,7 +14,16 @@ from pydantic import Field
 
 from moe_api.base import Model
 from moe_core.config import KnobBounds, SloConfig
-from moe_core.remedies import Move, Pressure, active_seqs, pressure_of, quality_guard, spill, tighten_capacity
+from moe_core.remedies import (
+    CALM_QUEUE,
+    Move,
+    Pressure,
+    active_seqs,
+    pressure_of,
+    quality_guard,
+    spill,
+    tighten_capacity,
+)
 from moe_core.setting import Setting, Signals
 from moe_core.traffic import TrafficState, causes, outside_change, receded, watch
 
@@ -195,7 +204,7 @@ def _guard(context: RetuneContext, state: RetuneState) -> tuple[RetuneDecision, 
 def _relieve(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState]:
     now_s = context.now_s
     since_s = now_s if state.pressed_since_s is None else state.pressed_since_s
-    needed_s = _needed_s(context)
+    needed_s = _needed_s(context, pressure)
     if now_s - since_s < needed_s and not state.traffic.rising:
         return _hold(f"pressed for {now_s - since_s:.0f} s, not yet {needed_s:g} s: {pressure.text}"), state
     if state.moved_at_s is not None and now_s - state.moved_at_s < COOL_DOWN_S:
@@ -282,12 +291,14 @@ def _breach(context: RetuneContext, state: RetuneState, pressure: Pressure) -> s
     lost = context.signals.lost_gate_mass
     if lost is not None and lost > context.max_lost_gate_mass:
         return f"lost gate mass per token {lost:.4f} > {context.max_lost_gate_mass:g}"
-    lasting = state.pressed_since_s is not None and context.now_s - state.pressed_since_s >= _needed_s(context)
+    lasting = state.pressed_since_s is not None and context.now_s - state.pressed_since_s >= _needed_s(
+        context, pressure
+    )
     return pressure.text if lasting else None
 
 
-def _needed_s(context: RetuneContext) -> float:
-    return PRESSED_FOR_S if context.signals.waiting else PRESSED_FOR_S + context.signals.window_s
+def _needed_s(context: RetuneContext, pressure: Pressure) -> float:
+    return PRESSED_FOR_S if (pressure.queue or 0.0) > CALM_QUEUE else PRESSED_FOR_S + context.signals.window_s
 
 
 def _since(since_s: float | None, holds: bool, now_s: float) -> float | None:

@@ -204,7 +204,7 @@ def test_signals_that_vanish_in_a_spike_leave_the_knobs_where_they_are() -> None
 
 
 def test_spill_waits_for_cheaper_remedies_and_for_a_target() -> None:
-    mild = signals(ttft_p95_s=0.8, rank_demand=1.6, waiting=1)
+    mild = signals(ttft_p95_s=0.8, rank_demand=1.6, waiting=2)
     state = RetuneState(home=setting(), pressed_since_s=0.0)
     first, _ = decide(context(5.0, mild, setting()), state)
     assert first.changed == (CAPACITY,)

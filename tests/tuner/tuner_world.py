@@ -151,7 +151,7 @@ class Trace:
 
     decisions: list[tuple[int, RetuneDecision]] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
-    state: RetuneState = RetuneState()
+    state: RetuneState = field(default_factory=RetuneState)
 
     def changes(self, action: Action | None = None) -> list[tuple[int, RetuneDecision]]:
         return [(at, d) for at, d in self.decisions if d.setting is not None and (action is None or d.action is action)]
