@@ -66,7 +66,7 @@ class Rank:
     phase: Tensor | None = None
     steps: int = 0
     prompt_tokens: int = 0
-    decode_tokens: int = 0
+    generated_tokens: int = 0
     busy_s: float = 0.0
     moe_s: float = 0.0
     recorder: deque[dict[str, Any]] | None = None
@@ -83,12 +83,12 @@ class Rank:
         )
         return index
 
-    def begin_step(self, phase: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Phase of each token of the batch that runs next, in its order."""
+    def begin_step(self, phase: np.ndarray[Any, np.dtype[np.uint8]], generated: int) -> None:
+        """Phase of each token of the batch that runs next, in its order; and how many tokens the step will yield."""
         self.phase = torch.from_numpy(phase)
         self.steps += 1
         self.prompt_tokens += int((phase == PREFILL).sum())
-        self.decode_tokens += int((phase == DECODE).sum())
+        self.generated_tokens += generated
 
     def end_step(self, seconds: float) -> None:
         self.phase = None

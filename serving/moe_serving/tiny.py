@@ -164,17 +164,26 @@ def facts(family: str) -> TinyFacts:
     return TinyFacts(family, row.experts, row.top_k, row.moe_layers, int(row.config["max_position_embeddings"]))
 
 
-def cached_checkpoint(family: str, seed: int = 0, **overrides: Any) -> Path:
+@dataclass(frozen=True)
+class Skew:
+    """A router biased to a few experts: every token is pushed towards `hot` by about `strength` logits."""
+
+    hot: tuple[int, ...]
+    strength: float
+
+
+def cached_checkpoint(family: str, seed: int = 0, skew: Skew | None = None, **overrides: Any) -> Path:
     """The family's checkpoint in the user's cache, made on first use. `overrides` change its configuration."""
-    key = hashlib.sha256(json.dumps([FORMAT, family, seed, overrides], sort_keys=True).encode()).hexdigest()[:12]
+    what = [FORMAT, family, seed, None if skew is None else [skew.hot, skew.strength], overrides]
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moestack" / "tiny"
     path = root / f"{family}-{key}"
     if not (path / "config.json").is_file():
-        make_checkpoint(family, path, seed, **overrides)
+        make_checkpoint(family, path, seed, skew, **overrides)
     return path
 
 
-def make_checkpoint(family: str, path: Path, seed: int = 0, **overrides: Any) -> TinyFacts:
+def make_checkpoint(family: str, path: Path, seed: int = 0, skew: Skew | None = None, **overrides: Any) -> TinyFacts:
     """Write a family's tiny checkpoint to `path` (replaced as a whole, so that a stop half-way leaves none)."""
     known = facts(family)
     import torch
@@ -201,6 +210,8 @@ def make_checkpoint(family: str, path: Path, seed: int = 0, **overrides: Any) ->
                 # The default spread of 0.02 makes nearly flat logits: greedy text would hang on rounding.
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.4 if "embed" in name or "lm_head" in name else 0.12)
+            if skew is not None:
+                _bias_router(model, skew)
     finally:
         torch.random.set_rng_state(generator_state)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
@@ -215,6 +226,22 @@ def make_checkpoint(family: str, path: Path, seed: int = 0, **overrides: Any) ->
         # Another process made the same checkpoint first: same seed, same content.
         shutil.rmtree(staging, ignore_errors=True)
     return known
+
+
+def _bias_router(model: Any, skew: Skew) -> None:
+    """Give all embeddings a common direction, and let the gates of hot experts answer to it.
+
+    A constant in the residual stream survives normalisation, so the push is about the same for every token.
+    """
+    import torch
+
+    embedding = model.get_input_embeddings().weight
+    hidden = embedding.shape[1]
+    direction = torch.ones(hidden) / hidden**0.5
+    embedding += direction * 4.0 * hidden**0.5 * embedding.std()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate.weight", "router.weight", "router.layer.weight")) and parameter.shape[1] == hidden:
+            parameter[list(skew.hot)] += direction * skew.strength / hidden**0.5
 
 
 def _byte_tokenizer() -> Any:

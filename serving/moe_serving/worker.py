@@ -84,9 +84,11 @@ def _note_phases(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         batch = self.input_batch
         count = batch.num_reqs
-        decoding = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
-        phases = np.where(decoding, DECODE, PREFILL).astype(np.uint8)
-        RANK.begin_step(np.repeat(phases, num_scheduled_tokens[:count]))
+        computed, prompt = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
+        scheduled = num_scheduled_tokens[:count]
+        phases = np.where(computed >= prompt, DECODE, PREFILL).astype(np.uint8)
+        # A request yields a token in every step but those that end inside its prompt.
+        RANK.begin_step(np.repeat(phases, scheduled), generated=int((computed + scheduled >= prompt).sum()))
         return original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     return prepare_inputs
@@ -135,8 +137,8 @@ class WorkerExtension:
             "error": error,
         }
 
-    def moestack_read(self: Any) -> dict[str, Any]:
-        """Counters of this rank; the window's maxima begin anew."""
+    def moestack_read(self: Any, new_window: bool) -> dict[str, Any]:
+        """Counters of this rank. With `new_window` the window's maxima begin anew."""
         layers = []
         for layer in RANK.layers:
             layers.append(
@@ -154,14 +156,15 @@ class WorkerExtension:
                     "max_prefill_load": layer.max_prefill_load,
                 }
             )
-            layer.max_prefill_load = 0
+            if new_window:
+                layer.max_prefill_load = 0
         return {
             "rank": int(self.rank),
             "knobs": RANK.knobs.model_dump_json(by_alias=True, exclude_none=True),
             "version": RANK.knobs_version,
             "steps": RANK.steps,
             "prompt_tokens": RANK.prompt_tokens,
-            "decode_tokens": RANK.decode_tokens,
+            "generated_tokens": RANK.generated_tokens,
             "busy_s": RANK.busy_s,
             "moe_s": RANK.moe_s,
             "layers": layers,

@@ -1,0 +1,91 @@
+"""From a ServingConfig to the Serve application: the import path that serveConfigV2 names, and `moectl up` too."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from moe_core.config import ServingConfig
+
+HEALTH_CHECK_PERIOD_S = 2.0
+"""A dead engine is seen within two of these; Serve's own default is 10 s."""
+
+
+class NotServable(ValueError):
+    """A configuration that this engine cannot run; the message names the field."""
+
+
+def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
+    """Arguments of vLLM's engine for a configuration."""
+    if config.data_parallel > 1:
+        raise NotServable("spec.parallelism.data: data-parallel gangs are not served yet; use tensor parallelism")
+    kwargs: dict[str, Any] = {
+        "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
+        "enable_expert_parallel": config.expert_parallel and config.tensor_parallel > 1,
+        "max_num_seqs": config.max_active_seqs,
+        "max_num_batched_tokens": config.max_batched_tokens,
+        "enable_prefix_caching": config.prefix_caching,
+        "enforce_eager": config.enforce_eager,
+        "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "trust_remote_code": False,
+        "worker_extension_cls": "moe_serving.worker.WorkerExtension",
+        **config.engine_args,
+    }
+    if config.max_model_len is not None:
+        kwargs["max_model_len"] = config.max_model_len
+    if config.quantization is not None:
+        kwargs["quantization"] = config.quantization
+    return kwargs
+
+
+def engine_env(config: ServingConfig, cores: int) -> dict[str, str]:
+    """Environment of the engine's processes. On a CPU each rank is bound to its share of the cores."""
+    if config.accelerator != "cpu":
+        return {}
+    ranks = config.tensor_parallel
+    share = max(1, cores // ranks)
+    spans = [(rank * share, min(cores, (rank + 1) * share) - 1) for rank in range(ranks)]
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def build_app(args: dict[str, Any] | ServingConfig) -> Any:
+    """The Serve application. `args` is a ServingConfig in its JSON form. Raises NotServable."""
+    from ray import serve
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+
+    from moe_serving.server import MoEServer
+
+    config = args if isinstance(args, ServingConfig) else ServingConfig.model_validate(args)
+    on_cpu = config.accelerator == "cpu"
+    llm_config = LLMConfig(
+        model_loading_config={"model_id": config.model, "model_source": config.source},
+        engine_kwargs=engine_kwargs(config),
+        accelerator_config={"kind": "cpu"} if on_cpu else None,
+        accelerator_type=None if on_cpu else _ray_accelerator(config.accelerator),
+        deployment_config={
+            "autoscaling_config": {"min_replicas": config.replicas_min, "max_replicas": config.replicas_max},
+            "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+            "max_ongoing_requests": 1000,
+        },
+        runtime_env={"env_vars": engine_env(config, os.cpu_count() or 1)},
+        log_engine_metrics=False,
+        experimental_configs={"stream_batching_interval_ms": 0},
+    )
+    # The engine's own HTTP application is served by the replica itself: no ingress process between.
+    return build_llm_deployment(
+        llm_config,
+        bind_kwargs={"serving": config.to_json()},
+        deployment_cls=serve.ingress()(MoEServer),
+        name_prefix="MoEServer:",
+    )
+
+
+def _ray_accelerator(accelerator: str) -> str:
+    """Ray's name of an accelerator: nvidia-h100 → H100."""
+    return accelerator.removeprefix("nvidia-").removeprefix("amd-").upper()

@@ -1,0 +1,124 @@
+"""Control of one engine: put knobs in force on every rank, read what the ranks counted."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from moe_core.clock import Clock, SystemClock
+from moe_core.wire import Ack, Knobs, ReplicaDigest
+from moe_serving.digest import Identity, Totals, build
+
+
+class Engine(Protocol):
+    """What control needs of an engine; vLLM's AsyncLLM through `AsyncLLMEngine`, or a fake."""
+
+    async def ranks(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call a method of `WorkerExtension` on every rank, at one point between two steps."""
+        ...
+
+    async def core(self, method: str, *args: Any) -> Any:
+        """Call a utility of the engine core."""
+        ...
+
+
+class AsyncLLMEngine:
+    """vLLM's AsyncLLM as an `Engine`."""
+
+    def __init__(self, client: Any, timeout_s: float = 30.0) -> None:
+        self._client = client
+        self._timeout_s = timeout_s
+
+    async def ranks(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        answers = await self._client.collective_rpc(method, self._timeout_s, args, None)
+        return list(answers)
+
+    async def core(self, method: str, *args: Any) -> Any:
+        return await self._client.engine_core.call_utility_async(method, *args)
+
+
+class Control:
+    """Applies knobs whole or not at all, and builds digests."""
+
+    def __init__(self, engine: Engine, replica: str, revision: str, clock: Clock | None = None) -> None:
+        self._engine = engine
+        self._clock = clock or SystemClock()
+        self._who = Identity(replica, revision, self._clock.time())
+        self._totals = Totals()
+        self.version = 0
+        self.rank_count = 1
+
+    @property
+    def replica(self) -> str:
+        return self._who.replica
+
+    async def start(self) -> list[dict[str, Any]]:
+        """Learn the number of ranks; returns the MoE layers as the first rank sees them."""
+        answers: list[Any] = await self._engine.ranks("moestack_start")
+        self.rank_count = len(answers)
+        layers: list[dict[str, Any]] = answers[0]
+        return layers
+
+    async def apply(self, knobs: Knobs) -> list[Ack]:
+        """One Ack for each rank. An older version changes nothing and is acknowledged with what is in force."""
+        if knobs.version <= self.version:
+            return [self._ack(rank, self.version, None) for rank in range(self.rank_count)]
+        before = await self._engine.core("moestack_scheduler_state")
+        try:
+            await self._engine.core(
+                "moestack_set_limits", knobs.engine.max_active_seqs, knobs.engine.max_batched_tokens
+            )
+        except Exception as error:
+            return [self._ack(rank, self.version, _last_line(error)) for rank in range(self.rank_count)]
+        payload = knobs.experts.model_dump_json(by_alias=True, exclude_none=True)
+        answers = await self._engine.ranks("moestack_apply", payload, knobs.version)
+        refused = any(answer["error"] for answer in answers)
+        if refused:
+            # Ranks of one engine hold the same layers and refuse alike; the limits go back, so nothing is half done.
+            await self._engine.core("moestack_set_limits", before["active_seqs"], before["batched_tokens"])
+        else:
+            self.version = knobs.version
+        return [
+            Ack(
+                replica=self.replica,
+                rank=answer["rank"],
+                version=answer["version"],
+                applied_at_s=answer["at_s"],
+                step=answer["step"],
+                error=answer["error"],
+            )
+            for answer in answers
+        ]
+
+    async def digest(self) -> ReplicaDigest:
+        """Counters since the replica started, and the window since the digest before."""
+        ranks = await self._engine.ranks("moestack_read", True)
+        scheduler = await self._engine.core("moestack_scheduler_state")
+        digest, self._totals = build(self._who, self._clock.time(), ranks, scheduler, self._totals)
+        return digest
+
+    async def matrix(self) -> dict[str, Any]:
+        """Slots of every layer and expert since the replica started: demand and assigned."""
+        ranks = await self._engine.ranks("moestack_read", False)
+        return {
+            "replica": self.replica,
+            "atS": self._clock.time(),
+            "layers": [
+                {
+                    "layer": layer["layer"],
+                    "tokens": layer["tokens"],
+                    "demand": layer["demand"],
+                    "assigned": layer["assigned"],
+                }
+                for layer in ranks[0]["layers"]
+            ],
+        }
+
+    def _ack(self, rank: int, version: int, error: str | None) -> Ack:
+        return Ack(replica=self.replica, rank=rank, version=version, applied_at_s=time.time(), error=error)
+
+
+def _last_line(error: Exception) -> str:
+    """The sentence of an error that crossed processes, without the traceback that some transports put before it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

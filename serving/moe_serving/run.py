@@ -1,0 +1,188 @@
+"""One machine's serving process: starts a Ray of its own, deploys the application, stays until told to stop.
+
+Progress goes to stdout as JSON lines ({"stage", "state"}), then one {"ready": true, …} or {"error": …}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from moe_core.config import ServingConfig
+from moe_core.log import configure, get_log
+
+START_TIMEOUT_S = 900.0
+EXIT_COULD_NOT_START = 3
+STOP_GRACE_S = 5.0
+
+log = get_log("serving")
+
+
+class StartFailed(Exception):
+    """The application did not come up."""
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; 0 after a stop that was asked for, 3 where nothing could be started."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="ServingConfig as JSON")
+    parser.add_argument("--http-port", type=int, default=0)
+    parser.add_argument("--board-port", type=int, default=0)
+    options = parser.parse_args()
+    configure()
+    config = ServingConfig.model_validate_json(options.config.read_text())
+    config = config.model_copy(update={"board_port": options.board_port or _free_port()})
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    temp = Path(tempfile.mkdtemp(prefix="moe-", dir="/tmp"))  # Ray's socket paths must stay short
+    try:
+        return _serve(config, options.http_port or _free_port(), temp, stop)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Event) -> int:
+    _tell(stage="ray", state="start")
+    _environment()
+    import ray
+    from ray import serve
+
+    from moe_serving import board, builder
+
+    # Logical CPUs: one for each rank and the replica; the rest for Serve's own actors.
+    ray.init(
+        address="local",
+        num_cpus=config.tensor_parallel * config.replicas_max + 4,
+        include_dashboard=False,
+        namespace="moestack",
+        _temp_dir=str(temp),
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    try:
+        handle = board.actor(
+            config.deployment, config.revision, list(config.trusted_keys), config.board_host, config.board_port
+        )
+        board_url = ray.get(handle.start.remote())
+        serve.start(http_options={"host": "127.0.0.1", "port": http_port})
+        _tell(stage="ray", state="done")
+        _tell(stage="engine", state="start", detail=f"{config.source}, {config.tensor_parallel} ranks")
+        app = builder.build_app(config)
+        serve.run_many(
+            [serve.RunTarget(app, name="moestack", route_prefix="/")],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        _await_running(serve, stop)
+        _tell(stage="engine", state="done")
+        _tell(
+            ready=True,
+            url=f"http://127.0.0.1:{http_port}/v1",
+            boardUrl=board_url,
+            pids=[os.getpid()],
+        )
+        while not stop.wait(1.0):
+            if not ray.is_initialized():
+                raise StartFailed("Ray is gone")
+        return 0
+    except (StartFailed, builder.NotServable) as error:
+        if stop.is_set():
+            return 0
+        _tell(error=_explain(config, str(error)))
+        return EXIT_COULD_NOT_START
+    finally:
+        _shutdown(ray, serve)
+
+
+def _await_running(serve: Any, stop: threading.Event) -> None:
+    """Wait until the application runs. Raises StartFailed with Serve's message."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and not stop.is_set():
+        status = serve.status().applications.get("moestack")
+        if status is not None and status.status == "RUNNING":
+            return
+        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            parts = [status.message, *(d.message for d in status.deployments.values())]
+            raise StartFailed("\n".join(part for part in parts if part))
+        time.sleep(0.25)
+    raise StartFailed("stopped" if stop.is_set() else f"not running after {START_TIMEOUT_S:.0f} s")
+
+
+def _explain(config: ServingConfig, message: str) -> dict[str, str]:
+    """An error for people: the field that it comes from, the engine's last sentence, and what to do."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    sentence = next(
+        (line for line in reversed(lines) if "Error" in line or "error" in line), lines[-1] if lines else ""
+    )
+    field, remedy = "spec.engine", "see the serving log for the engine's whole report"
+    for mark, where, what in (
+        ("spec.", sentence.split(":")[0], "change that field"),
+        ("max_model_len", "spec.engine.maxModelLen", "lower it to what the checkpoint allows"),
+        ("safetensors", "spec.model.source", "the checkpoint is damaged: fetch it again"),
+        ("config.json", "spec.model.source", "name a folder that holds a whole checkpoint"),
+        ("out of memory", "spec.hardware", "use a smaller model or more memory"),
+        ("architectures", "spec.model.id", "use an architecture that this vLLM serves"),
+    ):
+        if mark in sentence:
+            field, remedy = where, what
+            break
+    return {"field": field, "message": sentence[:500] or f"{config.source} did not start", "remedy": remedy}
+
+
+def _environment() -> None:
+    """Defaults of Ray and vLLM processes that this process starts; what the person set stays."""
+    for name, value in {
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(sys.path[1:]),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _shutdown(ray: Any, serve: Any) -> None:
+    """Stop replicas first, so that their engines end by themselves, then Ray, then whatever is left of ours."""
+    import psutil
+
+    ours = psutil.Process().children(recursive=True)
+    try:
+        serve.shutdown()
+    except Exception:
+        log.exception("Serve did not shut down cleanly")
+    ray.shutdown()
+    _, left = psutil.wait_procs(ours, timeout=STOP_GRACE_S)
+    for process in left:
+        log.warning("killed a process that did not stop", pid=process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=STOP_GRACE_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tell(**fields: object) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

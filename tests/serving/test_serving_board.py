@@ -1,0 +1,226 @@
+"""Board, link and control together: a real board over real HTTP, with a fake engine behind the replica."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from moe_core.clock import SystemClock
+from moe_core.log import get_log
+from moe_core.signing import Signer, Verifier
+from moe_core.wire import EngineKnobs, ExpertKnobs, Knobs, Overflow
+from moe_serving import link as link_module
+from moe_serving.board import Board
+from moe_serving.control import Control
+from moe_serving.link import Link
+
+SIGNER = Signer.generate()
+DEPLOYMENT = "default/tiny"
+
+
+class FakeEngine:
+    """Two ranks with the rules of the real one: limits are checked, an older version changes nothing."""
+
+    def __init__(self) -> None:
+        self.limits = (16, 512)
+        self.version = 0
+        self.knobs = ExpertKnobs()
+        self.refuse = ""
+
+    async def ranks(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        if method == "moestack_start":
+            return [[{"layer": 0, "name": "l0", "hooked": True}]] * 2  # type: ignore[list-item]
+        if method == "moestack_apply":
+            if not self.refuse:
+                self.knobs, self.version = ExpertKnobs.model_validate_json(args[0]), args[1]
+            return [
+                {"rank": r, "version": self.version, "step": 3, "at_s": 1.0, "error": self.refuse or None}
+                for r in range(2)
+            ]
+        layer = {
+            "layer": 0, "hooked": True, "demand": [6, 2, 1, 1], "assigned": [3, 3, 2, 2], "tokens": 5, "dropped": 0,
+            "rerouted": 3, "overflow_kept": 0, "lost_gate_mass": 0.25, "max_prefill_load": 3,
+        }  # fmt: skip
+        return [
+            {
+                "rank": r, "knobs": self.knobs.model_dump_json(by_alias=True), "version": self.version, "steps": 4,
+                "prompt_tokens": 5, "generated_tokens": 2, "busy_s": 0.5, "moe_s": 0.1 * (r + 1),
+                "layers": [{**layer, "mine": [0, 1] if r == 0 else [2, 3]}],
+            }
+            for r in range(2)
+        ]  # fmt: skip
+
+    async def core(self, method: str, *args: Any) -> Any:
+        if method == "moestack_set_limits":
+            seqs, tokens = args[0] or 16, args[1] or 512
+            if seqs > 16:
+                raise RuntimeError("Call failed\nengine.maxActiveSeqs 99 is outside 1 to 16, the launch-time ceiling")
+            self.limits = (seqs, tokens)
+            return {}
+        return {
+            "running": 1, "waiting": 2, "kv_usage": 0.5, "active_seqs": self.limits[0],
+            "batched_tokens": self.limits[1], "ceiling_active_seqs": 16, "ceiling_batched_tokens": 512,
+        }  # fmt: skip
+
+
+class World:
+    """A board, a replica linked to it, and an HTTP client."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine()
+        self.board = self.new_board(0)
+        self.url = ""
+
+    @staticmethod
+    def new_board(port: int) -> Board:
+        return Board(DEPLOYMENT, "local", [SIGNER.public_pem()], "127.0.0.1", port)
+
+    async def connect(self) -> Any:
+        self.url = await self.board.start()
+        return self.board
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with aiohttp.ClientSession() as client, client.get(self.url + path) as answer:
+            text = await answer.text()
+            return answer.status, json.loads(text) if answer.content_type == "application/json" else text
+
+    async def post(self, body: object) -> tuple[int, Any]:
+        async with aiohttp.ClientSession() as client, client.post(self.url + "/v1/knobs", json=body) as answer:
+            return answer.status, await answer.json()
+
+    async def send(self, knobs: Knobs) -> tuple[int, Any]:
+        return await self.post(SIGNER.sign(knobs).to_json())
+
+    async def until(self, path: str, check: Any) -> Any:
+        for _ in range(300):
+            with contextlib.suppress(aiohttp.ClientError):
+                value = (await self.get(path))[1]
+                if check(value):
+                    return value
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"{path} never became right: {value}")
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(link_module, "DIGEST_EVERY_S", 0.02)
+    monkeypatch.setattr(link_module, "RETRY_S", 0.02)
+    it = World()
+    await it.connect()
+    control = Control(it.engine, "replica-1", "local")
+    await control.start()
+    task = asyncio.create_task(
+        Link(control, it.connect, Verifier([SIGNER.public_pem()]), SystemClock(), get_log("test")).run()
+    )
+    await it.until("/v1/digests", lambda digests: digests)
+    yield it
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await it.board.close()
+
+
+def knobs(version: int, **engine: int) -> Knobs:
+    return Knobs(
+        deployment=DEPLOYMENT,
+        version=version,
+        experts=ExpertKnobs.model_validate({"overflow": "Reroute", "capacityFactorPrefill": "1.25"}),
+        engine=EngineKnobs.model_validate(engine),
+    )
+
+
+async def test_knobs_reach_every_rank_and_are_acknowledged(world: World) -> None:
+    assert (await world.get("/v1/knobs"))[0] == 404
+    assert await world.send(knobs(5, max_active_seqs=4)) == (202, {"version": 5})
+    acks = await world.until("/v1/acks?version=5", lambda value: value["complete"])
+    assert sorted((ack["replica"], ack["rank"], ack["version"]) for ack in acks["acks"]) == [
+        ("replica-1", 0, 5),
+        ("replica-1", 1, 5),
+    ]
+    assert world.engine.knobs.overflow is Overflow.REROUTE
+    assert world.engine.limits == (4, 512)
+    digest = (await world.until("/v1/digests", lambda value: value[0]["knobsVersion"] == 5))[0]
+    assert digest["engine"]["maxActiveSeqs"] == 4
+    assert (await world.get("/v1/knobs"))[0] == 200
+
+
+async def test_the_same_knobs_again_change_nothing_and_older_ones_are_refused(world: World) -> None:
+    first = SIGNER.sign(knobs(5)).to_json()
+    assert (await world.post(first))[0] == 202
+    assert await world.post(first) == (200, {"version": 5})
+    status, answer = await world.send(knobs(4))
+    assert (status, answer["version"]) == (409, 5)
+    status, answer = await world.send(knobs(5, max_active_seqs=3))
+    assert (status, answer["version"]) == (409, 5)
+
+
+async def test_only_trusted_keys_change_knobs(world: World) -> None:
+    forged = Signer.generate().sign(knobs(9)).to_json()
+    assert (await world.post(forged))[0] == 403
+    changed = {**SIGNER.sign(knobs(9)).to_json(), "payload": knobs(10).model_dump_json(by_alias=True)}
+    assert (await world.post(changed))[0] == 403
+    assert (await world.get("/v1/knobs"))[0] == 404
+
+
+@pytest.mark.parametrize("body", [{}, {"kind": "Knobs"}, [1], {"kind": "Knobs", "payload": 3}, "text"])
+async def test_malformed_commands_are_refused(world: World, body: object) -> None:
+    assert (await world.post(body))[0] == 422
+
+
+async def test_knobs_for_another_deployment_are_refused(world: World) -> None:
+    status, answer = await world.send(Knobs(deployment="default/other", version=1))
+    assert status == 422
+    assert "default/other" in answer["error"]
+
+
+async def test_what_the_engine_refuses_is_not_half_applied(world: World) -> None:
+    await world.send(knobs(1, max_active_seqs=8))
+    await world.until("/v1/acks?version=1", lambda value: value["complete"])
+    await world.send(knobs(2, max_active_seqs=99))
+    acks = await world.until("/v1/acks?version=2", lambda value: len(value["acks"]) == 2)
+    assert not acks["complete"]
+    assert all("engine.maxActiveSeqs 99 is outside 1 to 16" in ack["error"] for ack in acks["acks"])
+    world.engine.refuse = "experts.overflow: layer 3 bypasses the router"
+    await world.send(knobs(3, max_active_seqs=2))
+    acks = await world.until("/v1/acks?version=3", lambda value: len(value["acks"]) == 2)
+    assert all("bypasses" in ack["error"] for ack in acks["acks"])
+    assert (world.engine.limits, world.engine.version) == ((8, 512), 1)
+
+
+async def test_a_board_that_died_gets_its_knobs_back_from_the_replica(world: World) -> None:
+    await world.send(knobs(7))
+    await world.until("/v1/acks?version=7", lambda value: value["complete"])
+    port = int(world.url.rsplit(":", 1)[1])
+    dead = world.board
+    world.board = world.new_board(port)
+    for name in ("wait", "report", "acknowledge"):
+        setattr(dead, name, _gone)
+    await dead.close()
+    status = await world.until("/v1/knobs", lambda value: "payload" in value)
+    assert json.loads(status["payload"])["version"] == 7
+    assert (await world.send(knobs(6)))[0] == 409
+
+
+async def _gone(*_: object) -> None:
+    raise ConnectionError("the board is dead")
+
+
+async def test_metrics_carry_load_and_imbalance(world: World) -> None:
+    text = (await world.get("/metrics"))[1]
+    labels = 'deployment="default/tiny",layer="0",replica="replica-1",revision="local"'
+    assert f"moestack_expert_slots_total{{{labels}}} 10.0" in text
+    assert f"moestack_expert_rerouted_slots_total{{{labels}}} 3.0" in text
+    assert 'moestack_rank_moe_seconds_total{deployment="default/tiny",rank="1"' in text
+    assert 'phase="prefill",replica="replica-1",revision="local"} +Inf' in text
+
+
+async def test_the_matrix_is_fetched_on_request(world: World) -> None:
+    status, matrices = await world.get("/v1/experts")
+    assert status == 200
+    assert matrices[0]["layers"][0]["demand"] == [6, 2, 1, 1]
