@@ -59,10 +59,22 @@ class Control:
         layers: list[dict[str, Any]] = answers[0]
         return layers
 
+    async def boot(self, knobs: Knobs) -> None:
+        """Put in force what the resource says, as version 0: any knobs that the board has replace it.
+
+        Raises ValueError where the engine cannot follow.
+        """
+        errors = sorted({ack.error for ack in await self._apply(knobs, 0) if ack.error})
+        if errors:
+            raise ValueError(f"spec.{'; '.join(errors)}")
+
     async def apply(self, knobs: Knobs) -> list[Ack]:
         """One Ack for each rank. An older version changes nothing and is acknowledged with what is in force."""
         if knobs.version <= self.version:
             return [self._ack(rank, self.version, None) for rank in range(self.rank_count)]
+        return await self._apply(knobs, knobs.version)
+
+    async def _apply(self, knobs: Knobs, version: int) -> list[Ack]:
         before = await self._engine.core("moestack_scheduler_state")
         try:
             await self._engine.core(
@@ -71,13 +83,13 @@ class Control:
         except Exception as error:
             return [self._ack(rank, self.version, _last_line(error)) for rank in range(self.rank_count)]
         payload = knobs.experts.model_dump_json(by_alias=True, exclude_none=True)
-        answers = await self._engine.ranks("moestack_apply", payload, knobs.version)
+        answers = await self._engine.ranks("moestack_apply", payload, version)
         refused = any(answer["error"] for answer in answers)
         if refused:
             # Ranks of one engine hold the same layers and refuse alike; the limits go back, so nothing is half done.
             await self._engine.core("moestack_set_limits", before["active_seqs"], before["batched_tokens"])
         else:
-            self.version = knobs.version
+            self.version = version
         return [
             Ack(
                 replica=self.replica,

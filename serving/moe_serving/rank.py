@@ -97,9 +97,9 @@ class Rank:
     def apply(self, knobs: ExpertKnobs, version: int) -> None:
         """Put knobs in force from the next step on. Raises KnobsRefused and changes nothing if a layer cannot follow.
 
-        A version that is in force already, or an older one, changes nothing.
+        A version that is in force already, or an older one, changes nothing; 0 is what a replica boots with.
         """
-        if version <= self.knobs_version:
+        if version <= self.knobs_version and version > 0:
             return
         if knobs.per_token:
             raise KnobsRefused("experts.perToken: this engine routes every token with the model's own k")

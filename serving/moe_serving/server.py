@@ -39,15 +39,15 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
             bypassed=[layer["name"] for layer in layers if not layer["hooked"]],
         )
         if self._serving.boot_knobs is not None:
-            await self._control.apply(self._serving.boot_knobs)
+            await self._control.boot(self._serving.boot_knobs)
         link = Link(self._control, self._connect, Verifier(self._serving.trusted_keys), SystemClock(), log)
         self._link = asyncio.create_task(link.run())
         self._link.add_done_callback(_report_end)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """What a replica boots with. It is not the path of a change: the board is."""
-        if user_config:
-            await self._control.apply(Knobs.model_validate(user_config))
+        if user_config and self._control.version == 0:
+            await self._control.boot(Knobs.model_validate(user_config))
 
     async def _connect(self) -> BoardCalls:
         config = self._serving

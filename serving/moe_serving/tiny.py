@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 """Part of a checkpoint's cache key: raise it when what is written changes."""
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -240,7 +240,11 @@ def _bias_router(model: Any, skew: Skew) -> None:
     direction = torch.ones(hidden) / hidden**0.5
     embedding += direction * 4.0 * hidden**0.5 * embedding.std()
     for name, parameter in model.named_parameters():
-        if name.endswith(("gate.weight", "router.weight", "router.layer.weight")) and parameter.shape[1] == hidden:
+        if "o_proj" in name or "down_proj" in name:
+            # What layers add would drown the constant.
+            parameter.mul_(0.1)
+        if name.endswith(("gate.weight", "router.weight", "router.layer.weight")) and parameter.shape[-1] == hidden:
+            parameter.sub_(parameter.mean(-1, keepdim=True))
             parameter[list(skew.hot)] += direction * skew.strength / hidden**0.5
 
 
