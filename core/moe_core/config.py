@@ -51,6 +51,20 @@ class SpillConfig(Model):
     usd_per_day: Decimal | None = Field(default=None, description="None: no fallback spending is allowed beyond zero")
 
 
+class GatewayLimits(Model):
+    """Bounds of one request, and of the gateway's own end."""
+
+    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1, description="a larger request is answered 413")
+    first_token_s: float = Field(default=30.0, gt=0, description="then another target is tried, where one may be")
+    response_s: float = Field(default=600.0, gt=0, description="longest wait for an answer's first token")
+    idle_s: float = Field(default=60.0, gt=0, description="longest silence of an upstream in mid-stream")
+    client_stall_s: float = Field(default=60.0, gt=0, description="longest wait for a client to send or to read")
+    drain_s: float = Field(default=30.0, ge=0, description="from SIGTERM to the end of the last stream")
+    spill_output_tokens: int = Field(
+        default=4096, ge=1, description="output limit set at a priced target where the request has none"
+    )
+
+
 class GatewayConfig(Model):
     """Everything a gateway process knows."""
 
@@ -65,6 +79,7 @@ class GatewayConfig(Model):
     slo: SloConfig
     targets: tuple[TargetConfig, ...] = ()
     spill: SpillConfig = SpillConfig()
+    limits: GatewayLimits = GatewayLimits()
     trusted_keys: tuple[str, ...] = Field(default=(), description="public keys (PEM) that may change knobs, weights")
     state_dir: str | None = Field(default=None, description="where the budget store lies (SQLite)")
     log_level: str = "INFO"

@@ -1,0 +1,41 @@
+"""`python -m moe_gateway --config FILE.json`: one line of JSON on stdout when ready, logs on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import orjson
+import uvloop
+
+from moe_core import log
+from moe_gateway.server import GatewayServer, run
+from moe_gateway.settings import ConfigRefused, load
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 after an orderly stop, 1 when a part died, 2 for a configuration that cannot be served."""
+    parser = argparse.ArgumentParser(prog="moe_gateway", description=__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="GatewayConfig as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load(arguments.config)
+        log.configure(config.log_level)
+        return uvloop.run(run(config, _announce))
+    except ConfigRefused as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except ValueError as error:
+        sys.stderr.write(f"logLevel: {error}\n")
+        return 2
+
+
+def _announce(server: GatewayServer) -> None:
+    line = orjson.dumps({"ready": True, "port": server.port, "adminPort": server.admin_port})
+    sys.stdout.write(line.decode() + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,186 @@
+"""The client-facing ASGI application: paths, limits, request bodies, and the end that every request gets."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+
+import orjson
+
+from moe_gateway.call import Call, Outcome, Phase, Stop
+from moe_gateway.openai_api import ApiError, Endpoint, parse
+from moe_gateway.proxy import route
+from moe_gateway.responder import Message, Receive, Responder, Send
+from moe_gateway.state import Gateway
+from moe_gateway.upstream import Rejected
+
+PREFIX = "/v1"
+_POST = {PREFIX + endpoint.value: endpoint for endpoint in Endpoint}
+_MODELS = PREFIX + "/models"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class ClientGone(Exception):
+    """The client left before its request was whole."""
+
+
+class App:
+    """ASGI 3 callable over one `Gateway`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._created = int(gateway.clock.time())
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        out = Responder(send, request_id)
+        path: str = scope["path"]
+        endpoint = _POST.get(path)
+        if endpoint is not None and scope["method"] == "POST":
+            await self._call(endpoint, headers, request_id, receive, out)
+        elif path == _MODELS or path.startswith(_MODELS + "/"):
+            await self._models(scope["method"], path, out)
+        elif endpoint is not None:
+            await out.error(_wrong_method("POST"))
+        else:
+            await out.error(ApiError(404, f"unknown path {path[:200]}", code="unknown_url"))
+
+    async def _call(
+        self, endpoint: Endpoint, headers: dict[bytes, bytes], request_id: str, receive: Receive, out: Responder
+    ) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a request is served outside a task")
+        call = self._gateway.begin(request_id, task)
+        call.endpoint = endpoint.value
+        try:
+            await self._answer(endpoint, headers, receive, out, call)
+        except ClientGone:
+            call.outcome = Outcome.CANCELLED
+        except asyncio.CancelledError:
+            if call.stop is None:
+                call.outcome = call.outcome or Outcome.CANCELLED
+                raise
+            task.uncancel()
+            await self._stopped(call, out)
+        except ApiError as error:
+            client_error = error.status < 500
+            call.outcome = call.outcome or (Outcome.CLIENT_ERROR if client_error else Outcome.ERROR)
+            call.status = error.status
+            call.error = call.error or error.code
+            await out.error(error)
+        except Exception as error:
+            call.outcome, call.status, call.error = Outcome.ERROR, 500, type(error).__name__
+            self._gateway.log.exception("a request failed inside the gateway", request_id=request_id)
+            await out.error(ApiError(500, "internal error of the gateway", kind="server_error", code="internal_error"))
+        finally:
+            self._gateway.end(call)
+
+    async def _answer(
+        self, endpoint: Endpoint, headers: dict[bytes, bytes], receive: Receive, out: Responder, call: Call
+    ) -> None:
+        gateway = self._gateway
+        if gateway.draining:
+            call.outcome = Outcome.SHED
+            raise _stopping()
+        request = parse(endpoint, await self._body(headers, receive, call))
+        if request.model != gateway.config.model:
+            message = f"the model {request.model[:200]!r} does not exist; there is {gateway.config.model!r}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        call.stream = request.stream
+        call.enter(Phase.DECIDING, gateway.clock.monotonic())
+        watch = asyncio.create_task(_watch(receive, call, out))
+        try:
+            await route(gateway, request, call, out, headers.get(b"x-moestack-explain") == b"1")
+        except Rejected as rejected:
+            call.outcome, call.status = Outcome.CLIENT_ERROR, rejected.status
+            kept = {name.lower(): value for name, value in rejected.headers.items()}
+            kind = kept.pop("content-type", "application/json").encode()
+            await out.whole(rejected.status, kind, rejected.body, [(n.encode(), v.encode()) for n, v in kept.items()])
+        finally:
+            watch.cancel()
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, call: Call) -> bytes:
+        """The whole request body. One that is too large is read on for a while, so that the answer gets through."""
+        limit = self._gateway.config.limits.max_body_bytes
+        declared = headers.get(b"content-length", b"")
+        too_large = declared.isdigit() and int(declared) > limit
+        if too_large and int(declared) > 2 * limit:
+            raise _too_large(limit)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                too_large = True
+                parts.clear()
+            elif part:
+                parts.append(part)
+            if too_large and size > 2 * limit:
+                raise _too_large(limit)
+            if not message.get("more_body"):
+                break
+            call.since_s = self._gateway.clock.monotonic()
+        if too_large:
+            raise _too_large(limit)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _stopped(self, call: Call, out: Responder) -> None:
+        """The end of a request that was stopped from outside before, or after, its stream ran."""
+        if call.outcome is not None:
+            return
+        if call.stop is Stop.DRAINING:
+            call.outcome, call.status = Outcome.ERROR, 503
+            await out.error(_stopping())
+        elif call.stop is Stop.CLIENT_STALLED and call.phase is Phase.RECEIVING:
+            call.outcome, call.status = Outcome.CLIENT_ERROR, 408
+            await out.error(ApiError(408, "the request did not arrive in time", code="request_timeout", close=True))
+        else:
+            call.outcome = Outcome.CANCELLED
+            call.error = call.error or (None if call.stop is None else call.stop.value)
+
+    async def _models(self, method: str, path: str, out: Responder) -> None:
+        name = self._gateway.config.model
+        entry = {"id": name, "object": "model", "created": self._created, "owned_by": "moestack"}
+        if method != "GET":
+            await out.error(_wrong_method("GET"))
+        elif path == _MODELS:
+            await out.whole(200, b"application/json", orjson.dumps({"object": "list", "data": [entry]}))
+        elif path == f"{_MODELS}/{name}":
+            await out.whole(200, b"application/json", orjson.dumps(entry))
+        else:
+            message = f"the model does not exist; there is {name!r}"
+            await out.error(ApiError(404, message, code="model_not_found", param="model"))
+
+
+async def _watch(receive: Receive, call: Call, out: Responder) -> None:
+    """Stop the request when its client leaves, which frees the engine's place at once."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            if not out.finished:
+                call.cancel(Stop.CLIENT_GONE)
+            return
+
+
+def _wrong_method(allowed: str) -> ApiError:
+    return ApiError(405, f"this path takes {allowed} alone", code="method_not_allowed")
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large", close=True)
+
+
+def _stopping() -> ApiError:
+    return ApiError(
+        503, "the gateway is stopping; try again", kind="server_error", code="stopping", retry_after_s=1, close=True
+    )

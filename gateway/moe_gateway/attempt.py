@@ -1,0 +1,325 @@
+"""One attempt at one upstream: send, hold until the first content token, pass on, count, bill.
+
+Nothing reaches the client before the first content token, so that until then another upstream can take over. After it
+the answer belongs to this upstream: a failure becomes an error event in the stream, [DONE] is not sent, and the
+connection is closed without the end of the body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from decimal import Decimal
+
+import aiohttp
+import orjson
+
+from moe_core.latency import observe_decode, observe_ttft, predict_ttft_s
+from moe_core.spill import Forecast
+from moe_gateway.budget import cost_usd
+from moe_gateway.call import Call, Outcome, Phase, Stop
+from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint, Usage, read_usage
+from moe_gateway.responder import Responder
+from moe_gateway.sse import MAX_EVENT_BYTES, SseScanner
+from moe_gateway.state import Gateway
+from moe_gateway.upstream import Fault, Rejected, Upstream, UpstreamFailed, send
+
+MAX_ANSWER_BYTES = 64 << 20
+_LOST = (aiohttp.ClientError, OSError, TimeoutError)
+
+
+class Attempt:
+    """State of one attempt. Run it once."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        call: Call,
+        request: ApiRequest,
+        *,
+        upstream: Upstream,
+        forecast: Forecast | None,
+        out: Responder,
+        elsewhere: Callable[[], bool],
+    ) -> None:
+        self._gateway = gateway
+        self._clock = gateway.clock
+        self._call = call
+        self._request = request
+        self._upstream = upstream
+        self._out = out
+        self._elsewhere = elsewhere
+        self._prompt_tokens = upstream.prompt_tokens(len(request.raw))
+        local_forecast = forecast if upstream.local else None
+        self._work_tokens = self._prompt_tokens if local_forecast is None else local_forecast.work_tokens
+        self._slot_wait_s = 0.0 if local_forecast is None else local_forecast.slot_wait_s
+        self._scanner = SseScanner(strip_usage=not upstream.local and not request.include_usage)
+        self._usage: Usage | None = None
+        self._response: aiohttp.ClientResponse | None = None
+        self._billed = False
+        self._sent_s = 0.0
+        self._first_s: float | None = None
+        self._last_s = 0.0
+
+    async def run(self, reservation: str) -> None:
+        """Answer the client from this upstream. Raises UpstreamFailed or Rejected while nothing has been answered."""
+        gateway, call, upstream = self._gateway, self._call, self._upstream
+        self._sent_s = self._clock.monotonic()
+        gateway.sent(upstream)
+        due_s = None
+        if not self._request.stream:
+            due_s = self._sent_s + predict_ttft_s(upstream.estimate, self._work_tokens, self._slot_wait_s)
+        upstream.ledger.sent(call.id, self._prompt_tokens, due_s)
+        failed = True
+        try:
+            await (self._stream() if self._request.stream else self._whole())
+            failed = call.outcome is Outcome.CUT
+        except UpstreamFailed as error:
+            self._billed = error.maybe_billed
+            if error.fault is Fault.OVERLOADED:
+                gateway.abandoned(upstream)
+            else:
+                gateway.failed(upstream)
+            raise
+        except Rejected:
+            failed = self._billed = False
+            gateway.succeeded(upstream)
+            raise
+        except asyncio.CancelledError:
+            failed = False
+            gateway.abandoned(upstream)
+            raise
+        finally:
+            upstream.ledger.ended(call.id)
+            if self._response is not None:
+                self._response.close()
+            self._account(reservation, failed)
+
+    async def _open(self) -> aiohttp.ClientResponse:
+        """Send, and mark that from a 200 on the upstream may bill."""
+        limits = self._gateway.config.limits
+        self._call.enter(Phase.WAITING, self._clock.monotonic())
+        self._billed = True  # if we are stopped while the request is out, nobody knows
+        self._response = await send(
+            self._gateway.client,
+            self._upstream,
+            self._request,
+            request_id=self._call.request_id,
+            output_cap=limits.spill_output_tokens,
+            response_s=limits.response_s,
+        )
+        return self._response
+
+    # An answer in one piece
+
+    async def _whole(self) -> None:
+        try:
+            async with asyncio.timeout(self._gateway.config.limits.response_s):
+                response = await self._open()
+                body = await _read_all(response)
+        except _LOST as error:
+            fault = Fault.TIMEOUT if isinstance(error, TimeoutError) else Fault.RESET
+            detail = f"the answer broke off: {type(error).__name__}"
+            raise UpstreamFailed(fault, detail, maybe_billed=True) from None
+        try:
+            document = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            raise UpstreamFailed(Fault.MALFORMED, "the answer is not JSON", maybe_billed=True) from None
+        if isinstance(document, dict) and document.get("error") is not None:
+            raise UpstreamFailed(Fault.IN_BAND, "the answer holds an error")
+        self._usage = read_usage(document)
+        call, upstream = self._call, self._upstream
+        self._gateway.succeeded(upstream)
+        call.status = 200
+        call.output_tokens = 0 if self._usage is None else self._usage.output_tokens
+        call.enter(Phase.SENDING, self._clock.monotonic())
+        await self._out.whole(200, _content_type(response, b"application/json"), body)
+        call.outcome = Outcome.OK
+        if self._request.endpoint is not Endpoint.EMBEDDINGS:
+            upstream.estimate = observe_decode(upstream.estimate, itl_s=None, output_tokens=call.output_tokens)
+
+    # A stream
+
+    async def _stream(self) -> None:
+        call = self._call
+        response, head = await self._first_token()
+        self._gateway.succeeded(self._upstream)
+        try:
+            call.status, call.started = 200, True
+            call.enter(Phase.SENDING, self._clock.monotonic())
+            headers = [
+                (b"content-type", _content_type(response, b"text/event-stream")),
+                (b"cache-control", b"no-cache"),
+            ]
+            await self._out.start(200, headers)
+            await self._out.write(head)
+            broken = await self._pass_on(response)
+        except asyncio.CancelledError:
+            if call.stop not in {Stop.DRAINING, Stop.UPSTREAM_STALLED}:
+                raise
+            call.task.uncancel()
+            broken = "the gateway is stopping" if call.stop is Stop.DRAINING else "the model fell silent"
+        if broken is None:
+            call.outcome = Outcome.OK
+            return
+        call.outcome, call.error = Outcome.CUT, broken
+        if call.stop is not Stop.DRAINING:
+            self._gateway.failed(self._upstream)
+        if self._scanner.error is None:
+            error = ApiError(502, f"the answer was cut: {broken}", kind="upstream_error", code="stream_cut")
+            await self._break_off(error)
+        else:
+            self._out.finished = True  # the upstream's own error event has been passed on
+
+    async def _first_token(self) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The bytes up to the first content token. After `first_token_s` the attempt gives way where another may be
+        tried, and goes on waiting, up to `response_s`, where none may."""
+        limits, loop = self._gateway.config.limits, asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(limits.response_s) as deadline:
+
+                def give_way() -> None:
+                    if self._elsewhere():
+                        deadline.reschedule(loop.time())
+
+                timer = loop.call_later(limits.first_token_s, give_way)
+                try:
+                    response = await self._open()
+                    head = await self._read_head(response)
+                finally:
+                    timer.cancel()
+        except TimeoutError:
+            raise UpstreamFailed(Fault.TIMEOUT, "no first token in time", maybe_billed=True) from None
+        now_s = self._clock.monotonic()
+        if self._scanner.content_events:
+            self._call.ttft_s = now_s - self._call.arrived_s
+            self._first_s = self._last_s = now_s
+            self._upstream.estimate = observe_ttft(
+                self._upstream.estimate,
+                now_s,
+                work_tokens=self._work_tokens,
+                prompt_tokens=self._prompt_tokens,
+                slot_wait_s=self._slot_wait_s,
+                ttft_s=now_s - self._sent_s,
+            )
+        self._upstream.ledger.first_token(self._call.id)
+        return response, head
+
+    async def _read_head(self, response: aiohttp.ClientResponse) -> bytes:
+        scanner, head = self._scanner, b""
+        if response.content_type != "text/event-stream":
+            raise UpstreamFailed(Fault.MALFORMED, f"the answer is {response.content_type}, not a stream")
+        while not scanner.content_events and not scanner.complete:
+            try:
+                chunk = await response.content.readany()
+            except TimeoutError:
+                raise
+            except _LOST as error:
+                detail = f"connection lost: {type(error).__name__}"
+                raise UpstreamFailed(Fault.RESET, detail, maybe_billed=True) from None
+            head += scanner.feed(chunk) if chunk else scanner.flush()
+            if scanner.error is not None and not scanner.content_events:
+                raise UpstreamFailed(Fault.IN_BAND, "the stream began with an error")
+            if (scanner.malformed and not scanner.content_events) or len(head) > MAX_EVENT_BYTES:
+                raise UpstreamFailed(Fault.MALFORMED, "the stream is not server-sent events", maybe_billed=True)
+            if not chunk and not scanner.content_events and not scanner.complete:
+                raise UpstreamFailed(Fault.RESET, "the stream ended before its first token", maybe_billed=True)
+        return head
+
+    async def _pass_on(self, response: aiohttp.ClientResponse) -> str | None:
+        """Everything after the head. None for a whole stream, else what broke it."""
+        scanner, call, clock, out = self._scanner, self._call, self._clock, self._out
+        while not scanner.done and not scanner.broken:
+            call.enter(Phase.READING, clock.monotonic())
+            try:
+                chunk = await response.content.readany()
+            except _LOST:
+                if scanner.complete:
+                    break
+                return "the connection to the model was lost"
+            seen = scanner.content_events
+            data = scanner.feed(chunk) if chunk else scanner.flush()
+            now_s = clock.monotonic()
+            if scanner.content_events > seen:
+                self._last_s = now_s
+            if data:
+                call.enter(Phase.SENDING, now_s)
+                await out.write(data)
+            if not chunk:
+                break
+        if scanner.broken:
+            return "the model sent an error" if scanner.error is not None else "the model sent a malformed event"
+        if not scanner.complete:
+            return "the connection to the model ended early"
+        await self._out.finish()
+        await _to_the_end(response)
+        return None
+
+    async def _break_off(self, error: ApiError) -> None:
+        try:
+            async with asyncio.timeout(5.0):
+                await self._out.error(error)
+        except TimeoutError:
+            self._call.error = f"{self._call.error}; the client did not read on"
+
+    # Counting and money
+
+    def _account(self, reservation: str, failed: bool) -> None:
+        """Tokens and money of this attempt, whatever became of it."""
+        gateway, call, upstream, scanner = self._gateway, self._call, self._upstream, self._scanner
+        now_s = self._clock.monotonic()
+        gateway.telemetry.attempted(now_s, upstream.name, failed)
+        usage = scanner.usage or self._usage
+        if usage is not None:
+            upstream.learn_prompt(len(self._request.raw), usage.prompt_tokens)
+        if self._request.stream:
+            call.output_tokens = scanner.content_events if usage is None else usage.output_tokens
+        call.prompt_tokens = self._prompt_tokens if usage is None else usage.prompt_tokens
+        tokens = usage.output_tokens if usage is not None and upstream.local else scanner.content_events
+        if self._first_s is not None:
+            per_choice = tokens / self._request.choices
+            if per_choice > 1 and self._last_s > self._first_s:
+                call.itl_s = (self._last_s - self._first_s) / (per_choice - 1)
+            upstream.estimate = observe_decode(upstream.estimate, itl_s=call.itl_s, output_tokens=tokens)
+        if upstream.priced:
+            usd = self._usd(usage)
+            call.usd += usd
+            gateway.budget.settle(reservation, usd)
+            if usd:
+                gateway.telemetry.spent(now_s, upstream.name, usd)
+
+    def _usd(self, usage: Usage | None) -> Decimal:
+        """What the attempt cost: by usage; by counted tokens where a stream broke off or told none; the whole
+        reservation where an answer in one piece was lost on its way."""
+        if usage is not None:
+            return cost_usd(usage.prompt_tokens, usage.output_tokens, *self._upstream.prices)
+        if not self._billed:
+            return Decimal(0)
+        if self._request.stream:
+            return cost_usd(self._prompt_tokens, self._scanner.content_events, *self._upstream.prices)
+        return self._gateway.cost_bound_usd(self._request, self._upstream)
+
+
+async def _read_all(response: aiohttp.ClientResponse) -> bytes:
+    parts, size = [], 0
+    async for chunk in response.content.iter_any():
+        parts.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            raise UpstreamFailed(Fault.MALFORMED, "the answer is too large", maybe_billed=True)
+    return b"".join(parts)
+
+
+async def _to_the_end(response: aiohttp.ClientResponse) -> None:
+    """Read what follows [DONE], the end of the body, so that the connection can be used again."""
+    try:
+        async with asyncio.timeout(1.0):
+            while await response.content.readany():
+                pass
+    except _LOST:
+        return
+
+
+def _content_type(response: aiohttp.ClientResponse, otherwise: bytes) -> bytes:
+    value = response.headers.get("content-type")
+    return otherwise if value is None else value.encode("latin-1", "replace")

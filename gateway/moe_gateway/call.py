@@ -1,0 +1,83 @@
+"""One request in flight: who may stop it and why, and what was learned of it for the metrics and the log."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import StrEnum
+
+from moe_core.spill import Blocked, Forecast, Reason
+
+
+class Outcome(StrEnum):
+    """How a request ended; the label of moestack_gateway_requests_total."""
+
+    OK = "ok"
+    CLIENT_ERROR = "client_error"
+    ERROR = "error"
+    CUT = "cut"
+    CANCELLED = "cancelled"
+    SHED = "shed"
+
+
+class Phase(StrEnum):
+    """What a request waits for, so that a stall can be told from work."""
+
+    RECEIVING = "receiving"
+    DECIDING = "deciding"
+    WAITING = "waiting"
+    READING = "reading"
+    SENDING = "sending"
+
+
+class Stop(StrEnum):
+    """Why a request is stopped from outside."""
+
+    CLIENT_GONE = "client_gone"
+    CLIENT_STALLED = "client_stalled"
+    UPSTREAM_STALLED = "upstream_stalled"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Call:
+    """A request from arrival to its end. Times are monotonic seconds."""
+
+    id: int
+    request_id: str
+    arrived_s: float
+    task: asyncio.Task[object]
+    endpoint: str = ""
+    stream: bool = False
+    phase: Phase = Phase.RECEIVING
+    since_s: float = 0.0
+    stop: Stop | None = None
+    tier: str = "default"
+    # The decision that counted, and what came of it.
+    upstream: str | None = None
+    local: bool = True
+    reason: Reason | None = None
+    spilled: bool = False
+    blocked: Blocked | None = None
+    forecast: Forecast | None = None
+    attempts: int = 0
+    started: bool = False
+    status: int = 0
+    outcome: Outcome | None = None
+    error: str | None = None
+    ttft_s: float | None = None
+    itl_s: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    usd: Decimal = field(default_factory=Decimal)
+
+    def enter(self, phase: Phase, now_s: float) -> None:
+        self.phase = phase
+        self.since_s = now_s
+
+    def cancel(self, stop: Stop) -> None:
+        """Stop the request. The first reason stays."""
+        if self.stop is None:
+            self.stop = stop
+            self.task.cancel()

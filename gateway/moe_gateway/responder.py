@@ -1,0 +1,61 @@
+"""The client's side of one request: an ASGI response that is started once, finished once, or broken off honestly."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from moe_gateway.openai_api import ApiError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+
+class Responder:
+    """Sends an answer. `send` waits while the client reads slowly: that is the back-pressure of a stream."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._headers: list[Header] = [(b"x-request-id", request_id.encode())]
+        self.started = False
+        self.finished = False
+
+    def add_header(self, name: bytes, value: str) -> None:
+        """A header for the answer that has not started yet; a second value of a name replaces the first."""
+        self._headers = [header for header in self._headers if header[0] != name]
+        self._headers.append((name, value.encode("latin-1", "replace")))
+
+    async def start(self, status: int, headers: Iterable[Header]) -> None:
+        self.started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": [*self._headers, *headers]})
+
+    async def write(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def finish(self, data: bytes = b"") -> None:
+        self.finished = True
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def whole(self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = ()) -> None:
+        """An answer in one piece."""
+        length = (b"content-length", str(len(body)).encode())
+        await self.start(status, [(b"content-type", content_type), length, *headers])
+        await self.finish(body)
+
+    async def error(self, error: ApiError) -> None:
+        """An error in OpenAI's form. In a stream it is an event; then the response is left unfinished, so that the
+        server closes the connection without the end of the body and no client takes it for whole."""
+        if self.finished:
+            return
+        if self.started:
+            self.finished = True
+            await self.write(error.event())
+            return
+        headers: list[Header] = []
+        if error.retry_after_s is not None:
+            headers.append((b"retry-after", str(error.retry_after_s).encode()))
+        if error.close:
+            headers.append((b"connection", b"close"))
+        await self.whole(error.status, b"application/json", error.body(), headers)

@@ -1,0 +1,174 @@
+"""The process: two ports, one event loop, a watch over stalls, the board poller, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from aiohttp import web
+
+from moe_core.clock import Clock, SystemClock
+from moe_core.config import GatewayConfig
+from moe_gateway.admin import Admin
+from moe_gateway.app import App
+from moe_gateway.boards import BoardPoller
+from moe_gateway.budget import BudgetUnavailable
+from moe_gateway.settings import ConfigRefused
+from moe_gateway.state import Gateway
+
+STALL_CHECK_S = 0.25
+ABORT_GRACE_S = 2.0
+KEEP_ALIVE_S = 75
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: the process has its own, and drains before it stops."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class GatewayServer:
+    """A running gateway. `start`, then `port` and `admin_port`; `stop` drains and closes."""
+
+    def __init__(self, config: GatewayConfig, clock: Clock | None = None) -> None:
+        self._config = config
+        self.gateway = Gateway(config, clock or SystemClock())
+        self._background: list[asyncio.Task[None]] = []
+        self._runner: web.AppRunner | None = None
+        self._uvicorn: _Uvicorn | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self.port = 0
+        self.admin_port = 0
+
+    async def start(self) -> None:
+        """Bind both ports and serve. Raises ConfigRefused by field for a port or a store that is not to be had."""
+        config, gateway = self._config, self.gateway
+        try:
+            await gateway.budget.open()
+        except BudgetUnavailable as error:
+            raise ConfigRefused(f"stateDir: {error}; name a writable folder") from None
+        client_socket = _bind("port", config.host, config.port)
+        try:
+            admin_socket = _bind("adminPort", config.admin_host, config.admin_port)
+        except ConfigRefused:
+            client_socket.close()
+            raise
+        self.port, self.admin_port = client_socket.getsockname()[1], admin_socket.getsockname()[1]
+        gateway.name = f"{socket.gethostname()}:{self.admin_port}"
+        self._runner = web.AppRunner(Admin(gateway).application(), access_log=None, handle_signals=False)
+        await self._runner.setup()
+        await web.SockSite(self._runner, admin_socket).start()
+        await self._serve(client_socket)
+        self._background = [
+            asyncio.create_task(BoardPoller(gateway).run(), name="boards"),
+            asyncio.create_task(self._watch_stalls(), name="stalls"),
+        ]
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Stop accepting, let requests in flight end for `drain_s`, end the rest honestly, close everything."""
+        gateway = self.gateway
+        gateway.draining = True
+        drain_s = self._config.limits.drain_s if drain_s is None else drain_s
+        gateway.log.info("draining", in_flight=len(gateway.calls), deadline_s=drain_s)
+        if self._uvicorn is not None and self._serving is not None:
+            self._uvicorn.should_exit = True
+            done, _ = await asyncio.wait({self._serving}, timeout=drain_s)
+            if not done:
+                gateway.stop_all()
+                done, _ = await asyncio.wait({self._serving}, timeout=ABORT_GRACE_S)
+            if not done:
+                self._uvicorn.force_exit = True
+                await asyncio.wait({self._serving}, timeout=ABORT_GRACE_S)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await gateway.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        gateway.log.info("stopped")
+
+    @property
+    def crashed(self) -> asyncio.Task[None] | None:
+        """A part that has ended although nothing stopped it."""
+        parts = [*self._background, *([self._serving] if self._serving is not None else [])]
+        return next((part for part in parts if part.done()), None)
+
+    async def _serve(self, client_socket: socket.socket) -> None:
+        for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
+            # A stream that is broken off on purpose is an error to uvicorn; our own log has said so already.
+            logging.getLogger(name).disabled = True
+        server = uvicorn.Config(
+            App(self.gateway),
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=2048,
+        )
+        self._uvicorn = _Uvicorn(server)
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[client_socket]), name="uvicorn")
+        listening = asyncio.ensure_future(self._uvicorn.listening.wait())
+        await asyncio.wait({listening, self._serving}, return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if self._serving.done():
+            raise RuntimeError("the HTTP server did not start")
+
+    async def _watch_stalls(self) -> None:
+        while True:
+            await self.gateway.clock.sleep(STALL_CHECK_S)
+            self.gateway.stop_stalled()
+
+
+async def run(config: GatewayConfig, announce: Callable[[GatewayServer], None]) -> int:
+    """Serve until SIGTERM or SIGINT. `announce(server)` is called once both ports answer. Returns the exit status."""
+    server = GatewayServer(config)
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    await server.start()
+    announce(server)
+    status = 0
+    while not stopping.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), 1.0)
+        part = server.crashed
+        if part is not None and not stopping.is_set():
+            error = None if part.cancelled() else part.exception()
+            server.gateway.log.error("a part of the gateway died; stopping", part=part.get_name(), error=repr(error))
+            status = 1
+            break
+    await server.stop()
+    return status
+
+
+def _bind(field: str, host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigRefused(f"{field}: {host}:{port}: {error.strerror}; take another port, or 0 for any") from None
+    sock.setblocking(False)
+    return sock

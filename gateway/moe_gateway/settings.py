@@ -1,0 +1,119 @@
+"""Reads the gateway's configuration and its secrets, and refuses what it cannot serve, by field and with the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_core.clock import Clock
+from moe_core.config import GatewayConfig, TargetConfig
+from moe_core.log import get_log
+from moe_core.signing import Verifier, describe
+
+SUPPORTED_PROVIDERS = ("openai", "openai-compatible")
+OPENAI_URL = "https://api.openai.com/v1"
+KEY_CHECK_S = 1.0
+
+
+class ConfigRefused(Exception):
+    """The configuration cannot be served; the message names the field and the remedy."""
+
+
+def load(path: Path) -> GatewayConfig:
+    """The configuration in a JSON file, checked. Raises ConfigRefused."""
+    try:
+        config = GatewayConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigRefused(f"--config {path}: {error.strerror}; name a readable JSON file") from None
+    except ValidationError as error:
+        raise ConfigRefused(f"{path}: {describe(error)}") from None
+    check(config)
+    return config
+
+
+def check(config: GatewayConfig) -> None:
+    """Refuse what the types allow and this gateway cannot do. Raises ConfigRefused."""
+    revisions = [revision.name for revision in config.revisions]
+    if not revisions:
+        raise ConfigRefused("revisions: at least one is needed")
+    names = [*revisions, *(target.name for target in config.targets)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigRefused(f"revisions, targets: the name {name!r} is used twice; names must differ")
+        if name == "none":
+            raise ConfigRefused("revisions, targets: 'none' stands for no target in metrics; take another name")
+    for name, weight in config.weights.items():
+        if name not in revisions:
+            raise ConfigRefused(f"weights.{name}: no such revision; there are {', '.join(revisions)}")
+        if weight < 0:
+            raise ConfigRefused(f"weights.{name}: {weight} is below 0")
+    for index, target in enumerate(config.targets):
+        _check_target(f"targets[{index}] ({target.name})", target)
+    priced = any(target.usd_per_m_input or target.usd_per_m_output for target in config.targets)
+    if priced and config.spill.usd_per_day is not None and config.state_dir is None:
+        raise ConfigRefused("stateDir: needed to keep spill.usdPerDay; name a writable folder")
+    if config.spill.usd_per_day is not None and config.spill.usd_per_day < 0:
+        raise ConfigRefused("spill.usdPerDay: must not be below 0")
+    try:
+        Verifier(config.trusted_keys)
+    except ValueError:
+        raise ConfigRefused("trustedKeys: each must be an Ed25519 public key in PEM") from None
+
+
+def _check_target(where: str, target: TargetConfig) -> None:
+    if target.provider not in SUPPORTED_PROVIDERS:
+        supported = " and ".join(SUPPORTED_PROVIDERS)
+        raise ConfigRefused(f"{where}.provider: {target.provider} is not supported yet; supported so far: {supported}")
+    if target.provider == "openai-compatible" and target.base_url is None:
+        raise ConfigRefused(f"{where}.baseUrl: needed for openai-compatible, e.g. https://host/v1")
+    if target.base_url is not None and not target.base_url.startswith(("http://", "https://")):
+        raise ConfigRefused(f"{where}.baseUrl: must begin with http:// or https://")
+    if target.provider == "openai" and target.api_key_file is None:
+        raise ConfigRefused(f"{where}.apiKeyFile: needed for openai; name the file that holds the key")
+    if target.usd_per_m_input < 0 or target.usd_per_m_output < 0:
+        raise ConfigRefused(f"{where}: usdPerMInput and usdPerMOutput must not be below 0")
+
+
+class KeyFile:
+    """An API key in a mounted file, read again when the file changes. Its repr never shows the key."""
+
+    def __init__(self, path: Path, field: str, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+        self._log = get_log("gateway.key", file=str(path))
+        self._checked_s = clock.monotonic()
+        try:
+            self._stamp, self._key = self._read()
+        except (OSError, ValueError) as error:
+            detail = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigRefused(f"{field}: {path}: {detail}; put the API key there, alone") from None
+
+    def __repr__(self) -> str:
+        return f"KeyFile({self._path})"
+
+    def value(self) -> str:
+        """The key. The file is looked at once a second at most; a file gone bad keeps the last good key."""
+        now_s = self._clock.monotonic()
+        if now_s - self._checked_s >= KEY_CHECK_S:
+            self._checked_s = now_s
+            try:
+                if self._stat() != self._stamp:
+                    self._stamp, self._key = self._read()
+                    self._log.info("API key read again")
+            except (OSError, ValueError) as error:
+                self._log.warning("API key file is unusable; the last good key stays", error=type(error).__name__)
+        return self._key
+
+    def _stat(self) -> tuple[int, int, int]:
+        stat = self._path.stat()
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _read(self) -> tuple[tuple[int, int, int], str]:
+        stamp = self._stat()
+        key = self._path.read_text(encoding="utf-8", errors="replace").strip()
+        if not key:
+            raise ValueError("the file is empty")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError("the file holds more than one printable ASCII word")
+        return stamp, key

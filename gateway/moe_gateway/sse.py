@@ -1,0 +1,121 @@
+"""Reads server-sent events in passing: bytes go on as they came, whole events at a time, while tokens are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from moe_gateway.openai_api import Usage, read_usage
+
+MAX_EVENT_BYTES = 1 << 20
+_CONTENT_FIELDS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call", "audio")
+
+
+class SseScanner:
+    """Feed it chunks; it gives back the bytes to send on, and keeps what it saw.
+
+    Only whole events are given back, so that an error event can follow at any time. With `strip_usage` the final
+    usage event, which the client did not ask for, is left out. After `malformed` or `error` nothing more is read.
+    """
+
+    def __init__(self, strip_usage: bool = False) -> None:
+        self._strip_usage = strip_usage
+        self._buffer = b""
+        self.content_events = 0
+        self.done = False
+        self.finished = False
+        self.malformed = False
+        self.error: object | None = None
+        self.usage: Usage | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stream may end here: [DONE] or a finish reason was seen."""
+        return self.done or self.finished
+
+    @property
+    def broken(self) -> bool:
+        return self.malformed or self.error is not None
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take a chunk; return every whole event that is now complete."""
+        data = self._buffer + chunk if self._buffer else chunk
+        unix, dos = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+        end = max(unix + 2 if unix >= 0 else 0, dos + 4 if dos >= 0 else 0)
+        self._buffer = data[end:]
+        if len(self._buffer) > MAX_EVENT_BYTES:
+            self.malformed = True
+            return b""
+        return self._read(data[:end]) if end else b""
+
+    def flush(self) -> bytes:
+        """At the end of the upstream's bytes: the last event, if it only lacks its blank line."""
+        tail, self._buffer = self._buffer, b""
+        return self._read(tail) if tail.strip() else tail
+
+    def _read(self, data: bytes) -> bytes:
+        kept: list[bytes] | None = None
+        start = 0
+        while start < len(data) and not self.broken:
+            end = _event_end(data, start)
+            event = data[start:end]
+            keep = self._event(event)
+            if self.malformed:
+                keep = False
+            if kept is not None and keep:
+                kept.append(event)
+            elif kept is None and not keep:
+                kept = [data[:start]]
+            start = end
+        if kept is not None:
+            return b"".join(kept)
+        return data if start >= len(data) else data[:start]
+
+    def _event(self, event: bytes) -> bool:
+        """Look at one event; False where it is not to be sent on."""
+        payload = b"\n".join(
+            line[5:].strip() for line in event.replace(b"\r\n", b"\n").split(b"\n") if line.startswith(b"data:")
+        )
+        if not payload:
+            return True
+        if payload == b"[DONE]":
+            self.done = True
+            return True
+        try:
+            document = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            self.malformed = True
+            return False
+        if not isinstance(document, dict):
+            self.malformed = True
+            return False
+        if document.get("error") is not None:
+            self.error = document["error"]
+            return True
+        return self._document(document)
+
+    def _document(self, document: dict[str, Any]) -> bool:
+        usage = read_usage(document)
+        if usage is not None:
+            self.usage = usage
+        choices = document.get("choices")
+        if not isinstance(choices, list) or not choices:
+            return not (self._strip_usage and usage is not None)
+        for choice in choices:
+            if not isinstance(choice, dict):
+                continue
+            if choice.get("finish_reason") is not None:
+                self.finished = True
+            delta = choice.get("delta")
+            if choice.get("text") or (isinstance(delta, dict) and any(delta.get(name) for name in _CONTENT_FIELDS)):
+                self.content_events += 1
+        return True
+
+
+def _event_end(data: bytes, start: int) -> int:
+    """Index just past the event that begins at `start`: its blank line, or the end of the data."""
+    unix = data.find(b"\n\n", start)
+    dos = data.find(b"\r\n\r\n", start)
+    ends = [at + size for at, size in ((unix, 2), (dos, 4)) if at >= 0]
+    return min(ends) if ends else len(data)

@@ -1,0 +1,202 @@
+"""One upstream: how to send to it, how its failures are told apart, and what is known of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+
+import aiohttp
+
+from moe_core import breaker as breakers
+from moe_core.breaker import Breaker, BreakerMode
+from moe_core.clock import Clock
+from moe_core.config import GatewayConfig, RevisionConfig, TargetConfig
+from moe_core.latency import LatencyEstimate
+from moe_core.log import redact
+from moe_core.spill import EngineReport
+from moe_gateway.ledger import Ledger
+from moe_gateway.openai_api import ApiRequest, rewrite
+from moe_gateway.settings import OPENAI_URL, KeyFile
+
+OVERLOAD_STATUSES = frozenset({429, 503, 529})
+RETRY_STATUSES = frozenset({408, *OVERLOAD_STATUSES})
+# From a closed API these mean that our own key or model name is wrong: the client's request is not to blame.
+CREDENTIAL_STATUSES = frozenset({401, 403, 404})
+TOKENS_PER_BYTE_PRIOR = 0.25
+_KEEP_HEADERS = ("content-type", "retry-after")
+
+
+class Fault(StrEnum):
+    """How an attempt failed before its first token reached the client."""
+
+    REFUSED = "refused"
+    RESET = "reset"
+    TIMEOUT = "timeout"
+    OVERLOADED = "overloaded"
+    STATUS = "status"
+    CREDENTIALS = "credentials"
+    MALFORMED = "malformed"
+    IN_BAND = "in_band"
+
+
+class UpstreamFailed(Exception):
+    """An attempt that failed before its first token. `maybe_billed`: the upstream may have done the work."""
+
+    def __init__(self, fault: Fault, detail: str, *, status: int = 0, maybe_billed: bool = False) -> None:
+        super().__init__(detail)
+        self.fault = fault
+        self.status = status
+        self.maybe_billed = maybe_billed
+
+
+class Rejected(Exception):
+    """A client error: the answer goes back as it came and nothing else is tried."""
+
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.body = body
+        self.headers = headers
+
+
+@dataclass
+class Upstream:
+    """Live state of one revision or target."""
+
+    name: str
+    base_url: str
+    target: TargetConfig | None = None
+    key: KeyFile | None = None
+    weight: int = 0
+    breaker: Breaker = field(default_factory=Breaker)
+    ledger: Ledger = field(default_factory=Ledger)
+    estimate: LatencyEstimate = field(default_factory=LatencyEstimate)
+    report: EngineReport | None = None
+    report_at_s: float = 0.0
+    tokens_per_byte: float = TOKENS_PER_BYTE_PRIOR
+
+    @property
+    def local(self) -> bool:
+        return self.target is None
+
+    @property
+    def prices(self) -> tuple[Decimal, Decimal]:
+        """Dollars per million input and output tokens; local tokens have no price here."""
+        return (
+            (Decimal(0), Decimal(0))
+            if self.target is None
+            else (self.target.usd_per_m_input, self.target.usd_per_m_output)
+        )
+
+    @property
+    def priced(self) -> bool:
+        return any(self.prices)
+
+    def available(self, now_s: float) -> bool:
+        return breakers.allows(self.breaker, now_s)
+
+    def probing(self) -> bool:
+        return self.breaker.mode is not BreakerMode.CLOSED
+
+    def prompt_tokens(self, body_bytes: int) -> int:
+        """Prompt tokens that a body of so many bytes has here, from the usage of earlier answers."""
+        return max(1, round(body_bytes * self.tokens_per_byte))
+
+    def learn_prompt(self, body_bytes: int, prompt_tokens: int) -> None:
+        if body_bytes > 0 and prompt_tokens > 0:
+            seen = min(1.0, max(1 / 64, prompt_tokens / body_bytes))
+            self.tokens_per_byte += 0.2 * (seen - self.tokens_per_byte)
+
+
+def build(config: GatewayConfig, clock: Clock) -> tuple[list[Upstream], list[Upstream]]:
+    """(revisions, targets) of a configuration. Raises ConfigRefused for a key file that is missing or empty."""
+    revisions = [_revision(revision, config.weights.get(revision.name, 0)) for revision in config.revisions]
+    targets = [_target(index, target, clock) for index, target in enumerate(config.targets)]
+    return revisions, targets
+
+
+def _revision(revision: RevisionConfig, weight: int) -> Upstream:
+    return Upstream(revision.name, revision.url.rstrip("/"), weight=weight)
+
+
+def _target(index: int, target: TargetConfig, clock: Clock) -> Upstream:
+    key = None
+    if target.api_key_file is not None:
+        key = KeyFile(Path(target.api_key_file), f"targets[{index}] ({target.name}).apiKeyFile", clock)
+    # A closed API shows no queue: its TTFT is nearly the same for every length, and starts from a common figure.
+    prior = LatencyEstimate(base_prior_s=0.6, slope_prior_s=2e-5, itl_s=0.02)
+    return Upstream(target.name, (target.base_url or OPENAI_URL).rstrip("/"), target, key, estimate=prior)
+
+
+async def send(
+    client: aiohttp.ClientSession,
+    upstream: Upstream,
+    request: ApiRequest,
+    *,
+    request_id: str,
+    output_cap: int,
+    response_s: float,
+) -> aiohttp.ClientResponse:
+    """Send a request and wait for the answer's status and headers.
+
+    Raises UpstreamFailed where another upstream may be tried, Rejected for a client error.
+    """
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "X-Request-Id": request_id}
+    body = request.raw
+    if upstream.target is not None:
+        body = rewrite(request, upstream.target, output_cap if upstream.priced else None)
+        if upstream.key is not None:
+            headers["Authorization"] = f"Bearer {upstream.key.value()}"
+    try:
+        response = await client.post(
+            upstream.base_url + request.endpoint.value,
+            data=body,
+            headers=headers,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=response_s),
+        )
+    except aiohttp.ClientConnectorError as error:
+        raise UpstreamFailed(Fault.REFUSED, f"no connection: {type(error).__name__}") from None
+    except aiohttp.ConnectionTimeoutError:
+        raise UpstreamFailed(Fault.REFUSED, "no connection in time") from None
+    except TimeoutError:
+        raise UpstreamFailed(Fault.TIMEOUT, "no answer in time", maybe_billed=True) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise UpstreamFailed(Fault.RESET, f"connection lost: {type(error).__name__}", maybe_billed=True) from None
+    if response.status == 200:
+        return response
+    await _refuse(upstream, response)
+    raise AssertionError("unreachable")
+
+
+async def _refuse(upstream: Upstream, response: aiohttp.ClientResponse) -> None:
+    """Turn an answer that is no 200 into the exception that it means."""
+    status = response.status
+    try:
+        async with asyncio.timeout(10.0):
+            body = await response.content.read(65536)
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        body = b""
+    response.close()
+    if status in RETRY_STATUSES:
+        fault = Fault.OVERLOADED if status in OVERLOAD_STATUSES else Fault.TIMEOUT
+        raise UpstreamFailed(fault, f"HTTP {status}", status=status)
+    if not upstream.local and status in CREDENTIAL_STATUSES:
+        raise UpstreamFailed(Fault.CREDENTIALS, f"HTTP {status}: check its key and model name", status=status)
+    if not 400 <= status < 500:
+        raise UpstreamFailed(Fault.STATUS, f"HTTP {status}", status=status)
+    headers = {name: response.headers[name] for name in _KEEP_HEADERS if name in response.headers}
+    raise Rejected(status, body if upstream.local else _without_key(body, upstream), headers)
+
+
+def _without_key(body: bytes, upstream: Upstream) -> bytes:
+    """A provider's words without our key, whole or by the look of it."""
+    text = body.decode("utf-8", "replace")
+    if upstream.key is not None:
+        text = text.replace(upstream.key.value(), "[redacted]")
+    return re.sub(r"sk-[^\s\"']*\*+[^\s\"']*", "[redacted]", str(redact(text))).encode()
