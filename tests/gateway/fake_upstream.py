@@ -52,6 +52,8 @@ class Behaviour:
     raw: bytes | None = None
     """The whole stream, byte for byte, in pieces of `raw_step` bytes."""
     raw_step: int = 37
+    repeat: int = 1
+    """Send `raw` so many times."""
     gap_s: float = 0.0
     first_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
@@ -149,7 +151,7 @@ class FakeUpstream:
             self.sent_bytes += len(data)
 
         if how.raw is not None:
-            for start in range(0, len(how.raw), how.raw_step):
+            for start in list(range(0, len(how.raw), how.raw_step)) * how.repeat:
                 await write(how.raw[start : start + how.raw_step])
                 await asyncio.sleep(0)
             return response
