@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic.alias_generators import to_snake
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticUndefined, core_schema
 
@@ -76,9 +77,9 @@ def revision(
     return _field(description, default, extra, limits)
 
 
-def group(description: str, default: Any = PydanticUndefined) -> Any:
-    """A nested object; its leaves carry the classes."""
-    return _field(description, default, {}, {})
+def group(description: str, default: Any = PydanticUndefined, *, disruption: Disruption | None = None) -> Any:
+    """A nested object; its leaves carry the classes, unless it sets one for all of them."""
+    return _field(description, default, {DISRUPTION: disruption.value if disruption else None}, {})
 
 
 def told(description: str, default: Any = None, *, unit: str | None = None, **limits: Any) -> Any:
@@ -97,7 +98,7 @@ class Rule:
 
     def reads(self) -> tuple[tuple[str, ...], ...]:
         """Paths below the object that the rule looks at."""
-        return tuple(tuple(path.split(".")) for path in re.findall(r"\bself\.([A-Za-z.]*[A-Za-z])", self.cel))
+        return tuple(tuple(path.split(".")) for path in re.findall(r"\bself\.([A-Za-z0-9.]*[A-Za-z0-9])", self.cel))
 
 
 class SpecModel(Model):
@@ -119,15 +120,15 @@ class SpecModel(Model):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         rendered = handler.resolve_ref_schema(handler(schema))
         if cls.RULES:
-            rendered["x-kubernetes-validations"] = [
-                {"rule": rule.cel, "message": rule.message, **_field_path(rule)} for rule in cls.RULES
-            ]
+            rendered["x-kubernetes-validations"] = [_validation(rule) for rule in cls.RULES]
         return rendered
 
 
-def _field_path(rule: Rule) -> dict[str, str]:
-    """CEL's fieldPath. The CRD does not describe metadata, so it cannot point there."""
-    return {"fieldPath": rule.field} if rule.field and not rule.field.startswith(".metadata") else {}
+def _validation(rule: Rule) -> dict[str, str]:
+    """The rule as the API server takes it. A CRD does not describe metadata, so no fieldPath can point there."""
+    if rule.field.startswith(".metadata"):
+        return {"rule": rule.cel, "message": f"{rule.field[1:]} {rule.message}"}
+    return {"rule": rule.cel, "message": rule.message, "fieldPath": rule.field}
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,10 @@ class ListOf:
             rendered["x-kubernetes-list-map-keys"] = [self.key]
         return rendered
 
+    def key_of(self, item: Any) -> Any:
+        """What tells an item from the others."""
+        return getattr(item, to_snake(self.key)) if self.key else item
+
     def _check(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(items) > self.max_items:
             raise PydanticCustomError(
@@ -155,7 +160,7 @@ class ListOf:
                 {"most": self.max_items, "count": len(items)},
             )  # fmt: skip
         if self.key or self.unique:
-            keys = [getattr(item, self.key) if self.key else item for item in items]
+            keys = [self.key_of(item) for item in items]
             for index, key in enumerate(keys):
                 if key in keys[:index]:
                     raise PydanticCustomError(
@@ -181,7 +186,7 @@ class MapOf:
         rendered = {**handler(schema), "maxProperties": self.max_properties}
         rendered.pop("propertyNames", None)
         if self.key_pattern:
-            rule = f"self.all(k, size(k) <= {self.key_max} && k.matches('{self.key_pattern}'))"
+            rule = f"self.all(k, size(k) <= {self.key_max} && k.matches(r'{self.key_pattern}'))"
             rendered["x-kubernetes-validations"] = [{"rule": rule, "message": self._form()}]
         return rendered
 

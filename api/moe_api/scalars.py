@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -54,7 +54,8 @@ def parse_quantity(text: str) -> Decimal:
         raise ValueError("not a quantity: write a number with Ki, Mi, Gi, Ti, k, M, G or T, such as 80Gi")
     number = re.match(r"[0-9.]+", text)
     assert number is not None  # noqa: S101 - the pattern begins with a digit
-    return Decimal(number.group()) * _SUFFIX[text[number.end() :]]
+    with localcontext(prec=64):  # 18 digits times 1024⁶ are exact in 37
+        return Decimal(number.group()) * _SUFFIX[text[number.end() :]]
 
 
 def format_decimal(value: Decimal) -> str:

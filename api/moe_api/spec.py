@@ -9,7 +9,7 @@ from pydantic.alias_generators import to_snake
 
 from moe_api.common import Flag
 from moe_api.enums import Egress, EngineKind, Overflow, UpgradeStrategy
-from moe_api.fields import ListOf, Rule, SpecModel, group, hot
+from moe_api.fields import ListOf, Rule, SpecModel, group, revision
 from moe_api.spec_cluster import ClusterSpec, MonitoringSpec, PodTemplateSpec, UpgradeSpec
 from moe_api.spec_engine import EngineSpec
 from moe_api.spec_experts import ExpertsSpec, QualitySpec
@@ -124,7 +124,10 @@ class MoEDeploymentSpec(SpecModel):
     pod_template: PodTemplateSpec = group("Pods of the engine.", PodTemplateSpec())
     cluster: ClusterSpec = group("The Ray cluster of a revision.", ClusterSpec())
     monitoring: MonitoringSpec = group("Metrics, alerts and dashboards.", MonitoringSpec())
-    suspend: Flag = hot("Give the GPUs back and let the gateway answer from the closed API, or with 503.", False)
+    suspend: Flag = revision(
+        "Give the GPUs back; the gateway answers from the closed API, or with 503. Resuming starts a new cluster.",
+        False,
+    )
 
     RULES = (
         Rule(

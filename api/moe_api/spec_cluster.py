@@ -21,7 +21,7 @@ from moe_api.common import (
     Url,
 )
 from moe_api.enums import GcsFaultTolerance, Toggle, UpgradeStrategy
-from moe_api.fields import ListOf, MapOf, Rule, SpecModel, group, hot, revision
+from moe_api.fields import Disruption, ListOf, MapOf, Rule, SpecModel, group, hot, revision
 from moe_api.scalars import QUALIFIED_NAME_PATTERN, Duration, Quantity
 
 Percent = Annotated[int, Field(strict=True, ge=1, le=100)]
@@ -136,13 +136,13 @@ class EnvVar(SpecModel):
             lambda s: (s.value is None) != (s.secret_ref is None),
         ),
         Rule(
-            f"has(self.secretRef) || !self.name.matches('{OPEN_CREDENTIAL}')",
+            f"has(self.secretRef) || !self.name.matches(r'{OPEN_CREDENTIAL}')",
             "looks like a secret in the open: use secretRef",
             ".name",
             lambda s: s.secret_ref is not None or not re.fullmatch(OPEN_CREDENTIAL, s.name),
         ),
         Rule(
-            f"!self.name.matches('{REFUSED_ENV}')",
+            f"!self.name.matches(r'{REFUSED_ENV}')",
             "must not be a variable that runs code (LD_*, PYTHON*, VLLM_PLUGINS) or is ours (MOESTACK_*, RAY_AUTH_*)",
             ".name",
             lambda s: not re.fullmatch(REFUSED_ENV, s.name),
@@ -231,7 +231,7 @@ class PrometheusSource(SpecModel):
         None,
         allowed="an http or https address without credentials",
     )
-    token_secret_ref: SecretKeyRef | None = group("Secret with its bearer token.", None)
+    token_secret_ref: SecretKeyRef | None = group("Secret with its bearer token.", None, disruption=Disruption.HOT)
 
 
 class MonitoringSpec(SpecModel):

@@ -100,7 +100,7 @@ class _ExtraArgs(MapOf):
         rules = [(f"k in {_quoted(EXTRA_ARGS)}", f"allows only {', '.join(EXTRA_ARGS)}")]
         for kind, form in _FORMS.items():
             names = [name for name, own in EXTRA_ARGS.items() if own == kind]
-            test = f"!(k in {_quoted(names)}) || self[k].matches('{form}')"
+            test = f"!(k in {_quoted(names)}) || self[k].matches(r'{form}')"
             rules.append((test, f"{', '.join(names)} must be {_FORM_TEXT[kind]}"))
         rendered["x-kubernetes-validations"] = [
             {"rule": f"self.all(k, {test})", "message": message} for test, message in rules
@@ -162,7 +162,9 @@ class EngineSpec(SpecModel):
         None,
         allowed="an http or https address without credentials",
     )
-    api_key_secret_ref: SecretKeyRef | None = group("Secret with the external engine's API key.", None)
+    api_key_secret_ref: SecretKeyRef | None = group(
+        "Secret with the external engine's API key.", None, disruption=Disruption.HOT
+    )
     metrics: EngineMetrics = group("How an external engine's load is read.", EngineMetrics())
     image: (
         Annotated[

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from moe_api.common import Annotations, SecretKeyRef, Subdomain, Text, Url
 from moe_api.enums import AuthMode, BudgetStoreKind, ExposureKind
-from moe_api.fields import Rule, SpecModel, group, hot
+from moe_api.fields import Disruption, Rule, SpecModel, group, hot
 
 
 class GatewayAuth(SpecModel):
@@ -86,7 +86,9 @@ class BudgetStore(SpecModel):
     kind: BudgetStoreKind = hot(
         "Object (of Kubernetes), PostgreSQL, Valkey, or SQLite on one host.", BudgetStoreKind.OBJECT
     )
-    url_secret_ref: SecretKeyRef | None = group("Secret with the store's address, for PostgreSQL and Valkey.", None)
+    url_secret_ref: SecretKeyRef | None = group(
+        "Secret with the store's address, for PostgreSQL and Valkey.", None, disruption=Disruption.HOT
+    )
 
     RULES = (
         Rule(

@@ -9,7 +9,7 @@ from pydantic import StringConstraints
 
 from moe_api.common import Count, ExpertsPerToken, Flag, Latency, Name, SecretKeyRef, Share, Text, Url, Usd
 from moe_api.enums import Egress, FallbackRight, Provider
-from moe_api.fields import ListOf, Rule, SpecModel, group, hot
+from moe_api.fields import Disruption, ListOf, Rule, SpecModel, group, hot
 from moe_api.scalars import Duration
 
 Tenant = Annotated[
@@ -78,7 +78,9 @@ class FallbackTarget(SpecModel):
         None,
         allowed="an http or https address without credentials",
     )
-    secret_ref: SecretKeyRef | None = group("Secret with the API key; needed but for openai-compatible.", None)
+    secret_ref: SecretKeyRef | None = group(
+        "Secret with the API key; needed but for openai-compatible.", None, disruption=Disruption.HOT
+    )
     region: Region | None = hot(
         "Where the provider processes data.", None, allowed="lower-case letters, digits and '-', such as eu-west-1"
     )
