@@ -44,8 +44,7 @@ def main() -> int:
     config = ServingConfig.model_validate_json(options.config.read_text())
     config = config.model_copy(update={"board_port": options.board_port or _free_port()})
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     temp = Path(tempfile.mkdtemp(prefix="moe-", dir="/tmp"))  # Ray's socket paths must stay short
     try:
         return _serve(config, options.http_port or _free_port(), temp, stop)
@@ -71,6 +70,7 @@ def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Ev
         log_to_driver=False,
         configure_logging=False,
     )
+    _stop_on_signals(stop)  # Ray has put its own handlers in place, which abort
     try:
         handle = board.actor(
             config.deployment, config.revision, list(config.trusted_keys), config.board_host, config.board_port
@@ -104,6 +104,11 @@ def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Ev
         return EXIT_COULD_NOT_START
     finally:
         _shutdown(ray, serve)
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _await_running(serve: Any, stop: threading.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import ray
@@ -29,6 +30,9 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
     ) -> None:
         configure()
         self._serving = ServingConfig.model_validate(serving)
+        if os.path.isdir(self._serving.source):  # noqa: ASYNC240  # once, before anything is served
+            # A checkpoint that lies here needs no task on each node that looks for it.
+            llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().__init__(llm_config)
         self._control = Control(AsyncLLMEngine(self.engine._engine_client), _replica_name(), self._serving.revision)
         layers = await self._control.start()
@@ -43,6 +47,10 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
         link = Link(self._control, self._connect, Verifier(self._serving.trusted_keys), SystemClock(), log)
         self._link = asyncio.create_task(link.run())
         self._link.add_done_callback(_report_end)
+
+    async def _start_engine(self) -> None:
+        """Start the engine, without the usage report that Ray's own server sends after it."""
+        await self.engine.start()
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """What a replica boots with. It is not the path of a change: the board is."""
