@@ -108,6 +108,15 @@ class SpecModel(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        """A known field that is null counts as left out, as the API server has it."""
+        if not isinstance(values, dict) or None not in values.values():
+            return values
+        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias or field)}
+        return {name: value for name, value in values.items() if value is not None or name not in known}
+
     @model_validator(mode="after")
     def _keep_rules(self) -> Self:
         broken = [rule for rule in type(self).RULES if not rule.holds(self)]

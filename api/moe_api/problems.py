@@ -48,15 +48,13 @@ def format_path(path: Path) -> str:
 
 
 def show(path: Path, value: object) -> str | None:
-    """The value for a message: short, one line, no secret. None where it is absent or a whole group."""
-    if value is ABSENT or isinstance(value, dict | list):
+    """The value for a message: short, one line, no secret. None where it is absent, null or a whole group."""
+    if value is ABSENT or value is None or isinstance(value, dict | list):
         return None
     name = next((part for part in reversed(path) if isinstance(part, str)), "")
     if isinstance(value, str) and secret_name(name):
         return REDACTED
-    text = (
-        {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+    text = str(value).lower() if isinstance(value, bool) else str(value)
     text = " ".join(str(redact(text)).split())
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
 

@@ -93,6 +93,13 @@ def test_broken_text_gets_one_clear_message(case: str) -> None:
     assert len(str(caught.value)) < 300
 
 
+def test_null_counts_as_left_out_as_it_does_in_a_cluster() -> None:
+    empty = load_text(_file("slo:", "tuning: {mode: null}", "tiers:"))
+    assert empty == load_text(_file())
+    assert _problems(_file("model:", drop="model"))["spec.model"] == (None, "is missing: add it (the checkpoint)")
+    assert "did you mean slo?" in _problems(_file("slos:"))["spec.slos"][1]
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"a: 1\nb: \xff\n")
