@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from moe_api.fields import ListOf, MapOf, SpecModel, revision
+from moe_api.fields import MapOf, SpecModel, revision
 from moe_api.scalars import LABEL_VALUE_PATTERN, NAME_PATTERN, QUALIFIED_NAME_PATTERN, Between, Duration, Exact
 
 Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=63, pattern=NAME_PATTERN)]
@@ -44,7 +44,6 @@ Annotations = Annotated[
     dict[str, Annotated[str, StringConstraints(strict=True, max_length=4096)]],
     MapOf(32, QUALIFIED_NAME_PATTERN, 316, QUALIFIED_NAME),
 ]
-Names = Annotated[tuple[Name, ...], ListOf(16, unique=True)]
 
 
 class SecretKeyRef(SpecModel):

@@ -150,7 +150,7 @@ class EnvVar(SpecModel):
     )
 
 
-class HostMount(SpecModel):
+class ClaimMount(SpecModel):
     """A volume claim mounted into the engine, read-only."""
 
     name: Name = revision("Volume claim.", allowed="the name of a PersistentVolumeClaim")
@@ -177,7 +177,7 @@ class PodTemplateSpec(SpecModel):
     )
     resources: PodResources = group("What a pod asks for beside its GPUs.", PodResources())
     env: Annotated[tuple[EnvVar, ...], ListOf(32, key="name")] = group("Environment of the engine.", ())
-    claims: Annotated[tuple[HostMount, ...], ListOf(8, key="name")] = group("Volume claims mounted read-only.", ())
+    claims: Annotated[tuple[ClaimMount, ...], ListOf(8, key="name")] = group("Volume claims mounted read-only.", ())
     image_pull_secrets: Annotated[tuple[Subdomain, ...], ListOf(8, unique=True)] = revision(
         "Secrets that pull the image.", ()
     )
