@@ -1,0 +1,214 @@
+"""moectl: serve a MoEDeployment on this machine, look at it, load it, check files.
+
+Exit codes: 0 ok, 2 bad input, 3 could not start, 4 a part crashed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_api.load import ResourceInvalid
+from moe_cli.outcome import Exit, Problem, Refusal
+from moe_cli.say import Say
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+StateDir = Annotated[
+    Path | None,
+    typer.Option("--state-dir", help="Where the stack keeps its files.", show_default="user's state folder"),
+]
+File = Annotated[Path, typer.Argument(help="MoEDeployment (YAML).", show_default=False)]
+
+
+@app.command()
+def up(
+    file: File,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Put a tiny checkpoint, cpu and fewer ranks in the rest's place.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0: any free one.")] = 0,
+    prometheus_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of Prometheus; 0: any free one.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Send one chat once everything is up.")] = False,
+    detach: Annotated[
+        bool | None,
+        typer.Option(
+            "--detach/--foreground",
+            help="Leave the stack running, or stay with it until Ctrl-C.",
+            show_default="foreground on a terminal, else detach",
+        ),
+    ] = None,
+    state_dir: StateDir = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live view.")] = False,
+    fallback_url: Annotated[
+        str | None, typer.Option(help="Send every fallback target to this OpenAI-compatible server (…/v1).")
+    ] = None,
+    secret: Annotated[list[str] | None, typer.Option(help="NAME/KEY=FILE: a secret that the file refers to.")] = None,
+) -> None:
+    """Serve a MoEDeployment on this machine, from the file that a cluster takes: engine, gateway, Prometheus, tuner."""
+    from moe_cli.launch import UpOptions, default_state_dir
+    from moe_cli.launch import up as start
+
+    options = UpOptions(
+        file=file,
+        state_dir=(state_dir or default_state_dir()).resolve(),
+        tiny=tiny,
+        port=port,
+        prometheus_port=prometheus_port,
+        chat=chat,
+        detach=detach if detach is not None else not sys.stdout.isatty(),
+        plain=plain,
+        fallback_url=fallback_url.rstrip("/") if fallback_url else None,
+        secrets=tuple(secret or ()),
+    )
+    _end(start(options, Say()))
+
+
+@app.command()
+def down(state_dir: StateDir = None) -> None:
+    """End the stack that `up` left running. Nothing running is no error."""
+    from moe_cli.launch import default_state_dir
+    from moe_cli.launch import down as stop
+
+    _end(stop((state_dir or default_state_dir()).resolve(), Say()))
+
+
+@app.command()
+def status(
+    state_dir: StateDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again each second, until Ctrl-C.")] = False,
+) -> None:
+    """What runs, where, with which knobs, and what the tuner decided and why."""
+    from moe_cli.launch import default_state_dir
+    from moe_cli.watch import show_status
+
+    _end(asyncio.run(show_status((state_dir or default_state_dir()).resolve(), Say(), as_json=as_json, watch=watch)))
+
+
+@app.command()
+def load(
+    trace: Annotated[Path | None, typer.Option(help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens.")] = None,
+    rps: Annotated[float | None, typer.Option(help="Mean requests a second, without a trace.")] = None,
+    burstiness: Annotated[
+        float, typer.Option(help="Shape of the Gamma gaps: 1 is Poisson, 0.25 comes in bursts.")
+    ] = 1.0,
+    seconds: Annotated[float | None, typer.Option(help="How long; with a trace, at most that long.")] = None,
+    url: Annotated[str | None, typer.Option(help="OpenAI API (…/v1).", show_default="the local stack's")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name.", show_default="the first one there")] = None,
+    input_tokens: Annotated[str, typer.Option(help="MEDIAN or MEDIAN,P99 of prompts (log-normal).")] = "128,512",
+    output_tokens: Annotated[str, typer.Option(help="MEDIAN or MEDIAN,P99 of answers (log-normal).")] = "32,64",
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 0,
+    concurrency_limit: Annotated[
+        int | None, typer.Option(min=1, help="Most requests in flight.", show_default="none")
+    ] = None,
+    speed: Annotated[float, typer.Option(help="Replay a trace this many times as fast.")] = 1.0,
+    chars_per_token: Annotated[
+        float, typer.Option(help="Characters a token; 1 for byte-level tokenizers, about 4 for others.")
+    ] = 1.0,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Cut requests to this many tokens.", show_default="the local stack's")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Answers of exactly the length asked for (vLLM).")
+    ] = False,
+    ttft: Annotated[float | None, typer.Option(help="TTFT objective in ms, for SLO attainment.")] = None,
+    itl: Annotated[float | None, typer.Option(help="ITL objective in ms, for SLO attainment.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON document.")] = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Send real streaming requests in an open loop, from a trace or in generated bursts, and say how they fared."""
+    from moe_cli.launch import default_state_dir
+    from moe_cli.load_run import LoadOptions, run
+
+    options = LoadOptions(
+        trace=trace,
+        rps=rps,
+        burstiness=burstiness,
+        seconds=seconds,
+        url=url,
+        model=model,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        seed=seed,
+        concurrency_limit=concurrency_limit,
+        speed=speed,
+        chars_per_token=chars_per_token,
+        context=context,
+        ignore_eos=ignore_eos,
+        ttft_ms=ttft,
+        itl_ms=itl,
+        as_json=as_json,
+        state_dir=(state_dir or default_state_dir()).resolve(),
+    )
+    _end(asyncio.run(run(options, Say())))
+
+
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="MoEDeployments (YAML).", show_default=False)],
+    show: Annotated[bool, typer.Option("--show", help="Print each with its defaults filled in.")] = False,
+) -> None:
+    """Check files; every problem at once, with its field, value and what is allowed."""
+    from moe_cli.files import check
+
+    _end(check(files, Say(), show=show))
+
+
+@app.command()
+def crd(
+    write: Annotated[Path | None, typer.Option(help="Write it there.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Fail where that file is not what the types give.")] = None,
+) -> None:
+    """The CustomResourceDefinition, from the types."""
+    from moe_cli.files import custom_resource
+
+    _end(custom_resource(Say(), write=write, check=check))
+
+
+@app.command(name="version")
+def show_version() -> None:
+    """Version of moectl."""
+    try:
+        Say().line(version("moestack"))
+    except PackageNotFoundError:
+        Say().line("unknown: not installed")
+
+
+@app.command(hidden=True)
+def supervise(state_dir: Path) -> None:
+    """Hold the stack whose plan lies in a state folder. Started by `up`."""
+    from moe_cli.supervisor import supervise as hold
+
+    _end(hold(state_dir))
+
+
+def _end(code: Exit) -> None:
+    raise typer.Exit(int(code))
+
+
+def main() -> None:
+    """Entry point: problems become sentences and exit codes, never tracebacks."""
+    try:
+        app()
+    except ResourceInvalid as error:
+        Say().problem(str(error))
+        sys.exit(int(Exit.BAD_INPUT))
+    except Refusal as refusal:
+        for problem in refusal.problems:
+            Say().problem(problem)
+        sys.exit(int(refusal.code))
+    except KeyboardInterrupt:
+        Say().problem(Problem(message="interrupted"))
+        sys.exit(int(Exit.INTERRUPTED))
+
+
+if __name__ == "__main__":
+    main()
