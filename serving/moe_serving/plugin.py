@@ -13,6 +13,10 @@ from typing import Any
 WORKER_EXTENSION = "moe_serving.worker.WorkerExtension"
 _MARK = "_moestack_hooked"
 
+CPU_SPIN_S = 0.002
+"""How long a process spins for the next message before it sleeps. vLLM's own second is right beside a GPU; on a CPU
+the spinning ranks take the cores that the HTTP side and the next step need, for ever under a digest each second."""
+
 
 def enabled() -> bool:
     """False when `MOESTACK_PLUGIN=0` asks for a stock vLLM."""
@@ -23,12 +27,16 @@ def register() -> None:
     """Install the hooks of this process once."""
     if not enabled():
         return
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
 
     from moe_serving import engine_core
 
     wrap_once(EngineArgs, "create_engine_config", _with_worker_extension)
+    if current_platform.is_cpu():
+        wrap_once(SpinCondition, "__init__", _spin_briefly)
     for name in engine_core.UTILITIES:
         if not hasattr(EngineCore, name):
             setattr(EngineCore, name, getattr(engine_core, name))
@@ -54,3 +62,11 @@ def _with_worker_extension(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return create_engine_config
+
+
+def _spin_briefly(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.busy_loop_s = min(self.busy_loop_s, CPU_SPIN_S)
+
+    return init

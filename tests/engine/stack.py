@@ -1,0 +1,109 @@
+"""A stack started by `moectl up` for tests: the same command that a person gives, in its own state folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import requests
+
+from moe_core.signing import Signer
+from moe_core.wire import Knobs
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("api", "core", "planner", "kube", "operator", "serving", "gateway", "tuner", "cli")
+T = TypeVar("T")
+
+
+class Stack:
+    """Commands and endpoints of one stack."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in PACKAGES)}
+
+    def moectl(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "moe_cli.main", *arguments, "--state-dir", str(self.state_dir)],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    @property
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.state_dir / "state.json").read_text())
+        return found
+
+    def fact(self, part: str, name: str) -> str:
+        return str(next(p for p in self.state["parts"] if p["name"] == part)["facts"][name])
+
+    def pid(self, part: str) -> int:
+        return int(next(p for p in self.state["parts"] if p["name"] == part)["proc"]["pid"])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.fact('gateway', 'port')}/v1"
+
+    @property
+    def board(self) -> str:
+        return self.fact("serving", "boardUrl")
+
+    def get(self, url: str) -> Any:
+        answer = requests.get(url, timeout=10)
+        return answer.json()
+
+    def digest(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.get(f"{self.board}/v1/digests")[0]
+        return found
+
+    def prometheus(self, query: str) -> list[dict[str, Any]]:
+        answer = requests.get(f"{self.fact('prometheus', 'url')}/api/v1/query", params={"query": query}, timeout=10)
+        found: list[dict[str, Any]] = answer.json()["data"]["result"]
+        return found
+
+    def tuner(self, path: str) -> Any:
+        return self.get(f"http://127.0.0.1:{self.fact('tuner', 'port')}{path}")
+
+    def signer(self) -> Signer:
+        return Signer.load(next(self.state_dir.rglob("*.pem")))
+
+    def send(self, knobs: Knobs) -> requests.Response:
+        return requests.post(f"{self.board}/v1/knobs", json=self.signer().sign(knobs).to_json(), timeout=10)
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Processes of this stack whose command line or title holds `name`."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if self.state["stackId"] not in process.environ().values():
+                    continue
+                if name in " ".join(process.cmdline()) or name in process.name():
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+def until(check: Callable[[], T], seconds: float, what: str) -> T:
+    """Ask again until the answer is true; AssertionError with the last answer after `seconds`."""
+    deadline = time.monotonic() + seconds
+    answer: T | None = None
+    while time.monotonic() < deadline:
+        try:
+            answer = check()
+        except (requests.RequestException, KeyError, IndexError, StopIteration):
+            answer = None
+        if answer:
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds:.0f} s: {what}; last answer: {answer}")
