@@ -54,9 +54,9 @@ class LatencyEstimate:
         slope = max(0.0, (covariance + _RIDGE * self.slope_prior_s) / (variance + _RIDGE))
         base = mean_y - slope * mean_x
         if base < _BASE_MIN_S:
-            # Faster than the prior slope allows: the line goes through the mean, from the smallest base.
-            base = _BASE_MIN_S
-            slope = max(0.0, mean_y - base) / mean_x if mean_x > 0 else slope
+            # Faster than the prior slope allows, and the lengths seen do not tell base and slope apart: half each.
+            base = mean_y / 2
+            slope = base / mean_x if mean_x > 0 else slope
         return base, slope
 
     @property

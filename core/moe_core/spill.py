@@ -179,7 +179,9 @@ def decide(context: SpillContext, state: SpillState) -> tuple[Decision, SpillSta
     chosen, credits = rotate(usable, dict(state.credits))
     forecast = forecast_local(context, chosen)
     taken = replace(state, credits=_merge(state.credits, credits))
-    threshold = context.thresholds.miss_probability * (HYSTERESIS if chosen.name in state.spilling else 1.0)
+    threshold = context.thresholds.miss_probability
+    if threshold < 1.0 and chosen.name in state.spilling:  # 1 is never to spill by forecast, whatever was before
+        threshold *= HYSTERESIS
     if forecast.p_miss <= threshold:
         back = replace(taken, spilling=state.spilling - {chosen.name})
         return Decision(Action.LOCAL, Reason.WITHIN_SLO, chosen.name, forecast), back
@@ -258,8 +260,8 @@ def _pick_target(
     """The first target, in the order of the resource, that may and should take the request; else why none."""
     if not context.targets:
         return None, Blocked.NO_TARGET
-    cap = context.thresholds.share_cap
-    if cap <= 0 or (_first_spill(context) and state.spilled + 1.0 > cap * max(state.arrivals, 1.0) + 1e-9):
+    cap, weight = context.thresholds.share_cap, _weight(context)
+    if cap <= 0 or (_first_spill(context) and state.spilled + weight > cap * max(state.arrivals, weight) + 1e-6):
         return None, Blocked.SHARE_CAP
     blocked = Blocked.TARGET_DOWN
     for target in context.targets:
@@ -283,12 +285,17 @@ def _first_spill(context: SpillContext) -> bool:
 
 
 def _count_spill(context: SpillContext, state: SpillState) -> SpillState:
-    return replace(state, spilled=state.spilled + 1.0) if _first_spill(context) else state
+    return replace(state, spilled=state.spilled + _weight(context)) if _first_spill(context) else state
+
+
+def _weight(context: SpillContext) -> float:
+    """A request counts from its arrival on, as an arrival and as a spill alike, however late it is decided."""
+    return math.exp(-context.elapsed_s / SHARE_WINDOW_S)
 
 
 def _decayed(context: SpillContext, state: SpillState) -> SpillState:
     keep = math.exp(-max(0.0, context.now_s - state.at_s) / SHARE_WINDOW_S)
-    first = 0.0 if context.tried else 1.0
+    first = 0.0 if context.tried else _weight(context)
     return replace(
         state,
         arrivals=state.arrivals * keep + first,

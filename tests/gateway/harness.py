@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -84,6 +83,17 @@ class Answer:
         return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
+async def read(response: aiohttp.ClientResponse) -> Answer:
+    """The whole answer, or what came before the connection broke."""
+    parts, whole = [], True
+    try:
+        while part := await response.content.readany():
+            parts.append(part)
+    except aiohttp.ClientPayloadError:
+        whole = False
+    return Answer(response.status, b"".join(parts), response.headers.copy(), whole)
+
+
 class Client:
     """Talks to a running gateway."""
 
@@ -109,13 +119,7 @@ class Client:
             **{name.replace("_", "-"): value for name, value in headers.items()},
         }
         async with self.session.request(method, url, data=data, headers=sent) as response:
-            parts, whole = [], True
-            try:
-                while part := await response.content.readany():
-                    parts.append(part)
-            except aiohttp.ClientPayloadError:
-                whole = False
-            return Answer(response.status, b"".join(parts), response.headers.copy(), whole)
+            return await read(response)
 
     async def admin(self, method: str, path: str, body: object = None) -> Answer:
         return await self.call(method, self.admin_url + path, None if body is None else json.dumps(body).encode())
@@ -150,9 +154,3 @@ async def until(condition: Any, within_s: float = 5.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 (what is awaited lies in another process or library)
             await asyncio.sleep(0.01)
-
-
-def free_path(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path

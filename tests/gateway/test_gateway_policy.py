@@ -243,6 +243,22 @@ def test_the_share_of_spilled_requests_stays_below_its_cap(long_queue: list[bool
         assert spilled <= cap * count + 1e-6
 
 
+@given(st.floats(0, 100), st.floats(0, 10), st.integers(0, 1000))
+def test_a_cap_of_1_blocks_nothing_even_long_after_arrival(gap_s: float, elapsed_s: float, before: int) -> None:
+    """Everything before was spilled too, and the local attempt took its time to fail."""
+    state = SpillState(arrivals=before, spilled=before, at_s=100.0)
+    first = context(revision(), now_s=100.0 + gap_s)
+    _, state = decide(first, state)
+    failed = replace(
+        first,
+        now_s=first.now_s + elapsed_s,
+        elapsed_s=elapsed_s,
+        tried=frozenset({"r"}),
+        local_failure=Failure.FAILED,
+    )
+    assert decide(failed, state)[0].action is Action.SPILL
+
+
 def run(count: int, *views: RevisionView) -> list[Decision]:
     state, decisions = SpillState(), []
     for _ in range(count):
@@ -279,6 +295,7 @@ def test_coming_back_takes_more_than_going() -> None:
     assert decide(context(near), SpillState())[0].action is Action.LOCAL
     _, spilling = decide(context(QUEUED), SpillState())
     assert decide(context(near), spilling)[0].action is Action.SPILL
+    assert decide(context(QUEUED, miss=1.0), spilling)[0].reason is Reason.WITHIN_SLO
     _, back = decide(context(), spilling)
     assert decide(context(near), back)[0].action is Action.LOCAL
 
