@@ -93,6 +93,8 @@ class KnobBounds(Model):
     active_seqs_min: int
     active_seqs_max: int
     overflow: Literal["Reroute", "Drop"] = "Reroute"
+    miss_probability_min: float | None = Field(default=None, ge=0, le=1, description="None: the policy's own floor")
+    miss_probability_max: float | None = Field(default=None, ge=0, le=1)
     pinned: tuple[str, ...] = ()
 
 

@@ -174,9 +174,11 @@ def spill(
         return "spill threshold: a cheaper remedy goes first"
     current = setting.fallback.miss_probability
     start = SPILL_DEFAULT if current is None else current
-    target = round(max(SPILL_FLOOR, start - SPILL_STEP), 4)
+    floor = SPILL_FLOOR if bounds.miss_probability_min is None else bounds.miss_probability_min
+    ceiling = 1.0 if bounds.miss_probability_max is None else bounds.miss_probability_max
+    target = round(min(ceiling, max(floor, start - SPILL_STEP)), 4)
     if target >= start:
-        return f"spill threshold: at its floor {SPILL_FLOOR}"
+        return f"spill threshold: at its floor {floor:g}"
     why = f"missProbability {start:g} → {target:g}, because TTFT risk is {risk:.0%} of its objective"
     return Move(SPILL, setting.with_miss_probability(target), why)
 
@@ -187,7 +189,7 @@ def quality_guard(setting: Setting, home: Setting, bounds: KnobBounds) -> Move |
     if current is None:
         return "prefill is uncapped: it is not lost to a capacity factor that the tuner moves"
     if pinned(CAPACITY, bounds):
-        return "experts.capacityFactor is pinned: unpin it, or raise quality.maxLostGateMass"
+        return f"{CAPACITY} is pinned: unpin it, or raise quality.maxLostGateMass"
     was = f"{current.normalize():f}"
     may_switch = home.experts.overflow is setting.experts.overflow or not pinned(OVERFLOW, bounds)
     if home.prefill_cap is None and may_switch:

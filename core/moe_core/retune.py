@@ -195,7 +195,7 @@ def _guard(context: RetuneContext, state: RetuneState) -> tuple[RetuneDecision, 
     if budget_left(state, now_s, context.changes_per_hour) < 1:
         return _hold(f"{why}, but the budget of {context.changes_per_hour} changes an hour is spent"), state
     state = _changed(context, state).model_copy(update={"guard_until_s": now_s + GUARD_HOLD_S})
-    if home.prefill_cap is not None:
+    if home.prefill_cap is not None and context.mode == "Auto":
         # The home itself may be what breaks quality: going back to it would only start the breach again.
         state = state.model_copy(update={"home": home.with_capacity(move.setting)})
     return _decision(context, state, Action.GUARD, f"{why}: {move.why}", to=move.setting, changed=(move.knob,)), state

@@ -10,15 +10,15 @@ from moe_api.base import Model
 from moe_core.config import KnobBounds
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs, Overflow
 
-CAPACITY = "experts.capacityFactor"
+CAPACITY = "experts.capacityFactor.prefill"
 OVERFLOW = "experts.overflow"
 ACTIVE_SEQS = "engine.maxActiveSeqs"
 SPILL = "fallback.missProbability"
 KNOBS = (
-    *(CAPACITY, OVERFLOW, "experts.perToken", "experts.redundant", ACTIVE_SEQS, "engine.maxBatchedTokens"),
-    *(SPILL, "fallback.shareCap", "replicas"),
+    *(CAPACITY, "experts.capacityFactor.decode", OVERFLOW, "experts.perToken", "experts.redundant"),
+    *(ACTIVE_SEQS, "engine.maxBatchedTokens", SPILL, "fallback.shareCap", "replicas"),
 )
-"""Every knob that a pin may name; a pin may also name a group (`experts`)."""
+"""Every knob that a pin may name; a pin may also name a group of them (`experts`, `experts.capacityFactor`)."""
 
 GRAIN = Decimal("0.05")
 """Capacity factors are multiples of this (or a bound): finer steps drown in noise."""
@@ -131,18 +131,17 @@ class Signals(Model):
 
 
 def pinned(name: str, bounds: KnobBounds) -> bool:
-    """Whether a pin names this knob, its group, or a part of it (`experts.capacityFactor.prefill`)."""
-    return any(name == pin or name.startswith(f"{pin}.") or pin.startswith(f"{name}.") for pin in bounds.pinned)
+    """Whether a pin names this knob, or a group that it is in."""
+    return any(_covers(pin, name) for pin in bounds.pinned)
 
 
 def unknown_pins(bounds: KnobBounds) -> tuple[str, ...]:
     """Pins that name nothing: they would protect nothing, so a caller refuses them."""
-    groups = {name.partition(".")[0] for name in KNOBS}
-    return tuple(
-        pin
-        for pin in bounds.pinned
-        if pin not in groups and not any(pin == k or pin.startswith(f"{k}.") for k in KNOBS)
-    )
+    return tuple(pin for pin in bounds.pinned if not any(_covers(pin, name) for name in KNOBS))
+
+
+def _covers(pin: str, name: str) -> bool:
+    return name == pin or name.startswith(f"{pin}.")
 
 
 def on_grain(factor: Decimal, bounds: KnobBounds) -> Decimal:

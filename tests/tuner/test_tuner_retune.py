@@ -96,9 +96,9 @@ def test_a_burst_that_comes_back_after_each_undo_is_met_with_ever_more_patience(
 
 
 PINS = [
-    pytest.param("experts.capacityFactor", CAPACITY, id="by name"),
-    pytest.param("experts", CAPACITY, id="by group"),
-    pytest.param("experts.capacityFactor.prefill", CAPACITY, id="by part"),
+    pytest.param("experts.capacityFactor.prefill", CAPACITY, id="by name"),
+    pytest.param("experts.capacityFactor", CAPACITY, id="by group"),
+    pytest.param("experts", CAPACITY, id="by larger group"),
     pytest.param("engine.maxActiveSeqs", ACTIVE_SEQS, id="batch size"),
     pytest.param("fallback.missProbability", SPILL, id="spill"),
     pytest.param("fallback", SPILL, id="spill by group"),
@@ -123,6 +123,18 @@ def test_a_knob_pinned_in_the_middle_of_a_spike_stays_where_it_is() -> None:
     later = run(plant, [Traffic(rate=4)] * 300, trace.state, bounds=bounds)
     assert later.settings[-1].prefill_cap == kept
     assert later.settings[-1].engine.max_active_seqs == 16
+
+
+def test_a_pin_on_decode_does_not_hold_prefill() -> None:
+    bounds = BOUNDS.model_copy(update={"pinned": ("experts.capacityFactor.decode",)})
+    trace = run(Plant(setting()), [*QUIET, *[Traffic(rate=15, skew=1.8)] * 10], bounds=bounds)
+    assert any(CAPACITY in decision.changed for _, decision in trace.changes())
+
+
+def test_the_spill_threshold_keeps_to_its_own_bounds() -> None:
+    bounds = BOUNDS.model_copy(update={"miss_probability_min": 0.4})
+    trace = run(Plant(setting(seqs=64)), [*QUIET, *[Traffic(rate=40)] * 40], bounds=bounds)
+    assert {s.fallback.miss_probability for s in trace.settings} == {None, 0.4}
 
 
 def test_pins_that_name_nothing_are_found() -> None:
