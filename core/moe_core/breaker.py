@@ -11,7 +11,7 @@ from enum import StrEnum
 
 FAILURES_TO_OPEN = 3
 OPEN_INITIAL_S = 1.0
-OPEN_MAX_S = 30.0
+OPEN_MAX_S = 10.0
 # A probe that reports nothing for this long is taken for lost, so that another may go.
 PROBE_LEASE_S = 60.0
 

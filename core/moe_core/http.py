@@ -24,8 +24,12 @@ def session(
 ) -> aiohttp.ClientSession:
     """A session with limits on connecting and on the wait between two reads; `limit` 0 is no limit on connections."""
     timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=connect_s, sock_read=read_s)
-    connector = aiohttp.TCPConnector(limit=limit, ttl_dns_cache=30)
-    return aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
+    # Servers commonly close idle connections after 5 s; a POST sent into that closing would be lost, and not retried.
+    connector = aiohttp.TCPConnector(limit=limit, ttl_dns_cache=30, keepalive_timeout=4.0)
+    # No cookie of one answer may travel with a request of somebody else.
+    return aiohttp.ClientSession(
+        timeout=timeout, connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+    )
 
 
 async def call_json(

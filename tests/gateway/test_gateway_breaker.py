@@ -56,4 +56,4 @@ def test_the_open_time_is_bounded() -> None:
     for _ in range(50):
         now_s = max(now_s, breaker.until_s)
         breaker = on_failure(on_send(breaker, now_s), now_s)
-    assert breaker.until_s - now_s == 30.0
+    assert breaker.until_s - now_s == 10.0
