@@ -113,7 +113,7 @@ def prompt(rng: random.Random, tokens: int, chars_per_token: float) -> str:
     length = max(1, round(tokens * chars_per_token))
     words: list[str] = []
     size = 0
-    while size < length:
+    while size <= length:
         word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
         words.append(word)
         size += len(word) + 1

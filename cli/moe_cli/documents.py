@@ -16,6 +16,8 @@ from moe_cli.processes import Proc
 
 PLAN = "plan.json"
 STATE = "state.json"
+TARGETS = "targets.json"
+"""What Prometheus scrapes (file_sd), written by the supervisor as parts become ready."""
 
 
 class Part(Model):

@@ -8,8 +8,17 @@ from pathlib import Path
 import yaml
 
 from moe_api.load import ResourceInvalid, load_file
-from moe_cli.outcome import Exit
+from moe_api.v1alpha1 import MoEDeployment
+from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
+
+
+def read(file: Path) -> MoEDeployment:
+    """The resource in a file. Raises Refusal with every problem, a line each."""
+    try:
+        return load_file(file)
+    except ResourceInvalid as error:
+        raise Refusal(*(Problem(message=line) for line in str(error).splitlines())) from None
 
 
 def check(files: Sequence[Path], say: Say, *, show: bool) -> Exit:
@@ -17,10 +26,11 @@ def check(files: Sequence[Path], say: Say, *, show: bool) -> Exit:
     code = Exit.OK
     for file in files:
         try:
-            resource = load_file(file)
-        except ResourceInvalid as error:
-            say.problem(str(error))
-            code = Exit.BAD_INPUT
+            resource = read(file)
+        except Refusal as refusal:
+            for problem in refusal.problems:
+                say.problem(problem)
+            code = refusal.code
             continue
         if show:
             say.line("---\n" + yaml.safe_dump(resource.to_json(), sort_keys=False, allow_unicode=True).rstrip())

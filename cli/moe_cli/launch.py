@@ -21,9 +21,9 @@ import aiohttp
 from pydantic import ValidationError
 from rich.live import Live
 
-from moe_api.load import load_file
 from moe_cli import live, preflight, processes, status
 from moe_cli.documents import PLAN, STATE, Phase, StackPlan, StackState, read_state, wipe, write, write_state
+from moe_cli.files import read
 from moe_cli.fit import Refused
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.ports import refuse_taken
@@ -66,8 +66,8 @@ def default_state_dir() -> Path:
 
 
 def up(options: UpOptions, say: Say) -> Exit:
-    """Check everything, start the stack, show it; returns how it ended. Raises Refusal and ResourceInvalid."""
-    resource = load_file(options.file)
+    """Check everything, start the stack, show it; returns how it ended. Raises Refusal."""
+    resource = read(options.file)
     folder = options.state_dir
     refuse_taken({"--port": options.port, "--prometheus-port": options.prometheus_port})
     found, to_write = preflight.find_secrets(resource, options.secrets, folder / "secrets")
@@ -169,8 +169,9 @@ async def _follow(options: UpOptions, wanted: StackPlan, child: subprocess.Popen
             if state is not None and state.phase is Phase.UP and not stop.is_set():
                 if options.chat:
                     await _unless(stop, _say_hello(state, say))
-                for line in (*live.places(state), f"{'try:':15}{live.example(state)}"):
+                for line in () if view.fancy else live.places(state):
                     say.line(line)
+                say.line(f"{'try:':15}{live.example(state)}")
                 leave = options.detach and not stop.is_set()
                 if leave:
                     say.line(f"left running: see it with `moectl status`, end it with `moectl down` ({folder})")
@@ -244,7 +245,8 @@ class Screen:
 
     def __init__(self, folder: Path, wanted: StackPlan, say: Say, *, fancy: bool) -> None:
         self._folder, self._stack_id, self._say = folder, wanted.stack_id, say
-        self._live = Live(console=say.out, auto_refresh=False) if fancy and say.out.is_terminal else None
+        self.fancy = fancy and say.out.is_terminal
+        self._live = Live(console=say.out, auto_refresh=False) if self.fancy else None
         self._figures: status.Figures | None = None
         self._asked_s = 0.0
         self.state: StackState | None = None

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 
-from moe_api.load import ResourceInvalid
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
 
@@ -198,9 +197,6 @@ def main() -> None:
     """Entry point: problems become sentences and exit codes, never tracebacks."""
     try:
         app()
-    except ResourceInvalid as error:
-        Say().problem(str(error))
-        sys.exit(int(Exit.BAD_INPUT))
     except Refusal as refusal:
         for problem in refusal.problems:
             Say().problem(problem)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from moe_api.v1alpha1 import FallbackTarget, MoEDeployment, Overflow
 from moe_core.config import (
     GatewayConfig,
+    GatewayLimits,
     KnobBounds,
     RevisionConfig,
     ServingConfig,
@@ -24,6 +25,8 @@ from moe_core.wire import Overflow as WireOverflow
 REVISION = "local"
 DEFAULT_ACTIVE_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 2048
+DRAIN_S = 5.0
+"""How long Ctrl-C waits for streams that are open at the gateway."""
 
 
 def slo(resource: MoEDeployment) -> SloConfig:
@@ -125,6 +128,7 @@ def gateway_config(
             share_cap=float(trigger.share_cap),
             usd_per_day=spec.fallback.budget.usd_per_day,
         ),
+        limits=GatewayLimits(drain_s=DRAIN_S),
         trusted_keys=tuple(trusted_keys),
         state_dir=str(state_dir),
     )
@@ -159,6 +163,9 @@ def tuner_config(
             active_seqs_min=bounds.max_active_seqs.min or 1,
             active_seqs_max=bounds.max_active_seqs.max or spec.engine.max_active_seqs or DEFAULT_ACTIVE_SEQS,
             overflow=overflow,
+            # The whole range is no bound: the tuner's policy has a floor of its own.
+            miss_probability_min=float(bounds.miss_probability.min) or None,
+            miss_probability_max=float(bounds.miss_probability.max) if bounds.miss_probability.max < 1 else None,
             pinned=spec.tuning.pins.knobs(),
         ),
         max_lost_gate_mass=float(spec.quality.max_lost_gate_mass),

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from moe_api.v1alpha1 import MoEDeployment
 from moe_cli import plan_local
-from moe_cli.documents import Change, Part, StackPlan
+from moe_cli.documents import TARGETS, Change, Part, StackPlan
 from moe_cli.fit import Fit, Machine, Refused, fit
 from moe_cli.outcome import Exit, Problem
 from moe_core.config import TargetConfig
 
-TARGETS_FILE = "targets.json"
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("-m", "moe_cli.tiny_step"),
     "serving": ("-m", "moe_serving.run"),
@@ -139,8 +138,8 @@ def _prometheus(program: str, options: Options) -> Part:
             "--log.level=warn",
         ),
         documents={
-            "prometheus.yml": plan_local.prometheus_config(folder / TARGETS_FILE),
-            TARGETS_FILE: [],
+            "prometheus.yml": plan_local.prometheus_config(folder / TARGETS),
+            TARGETS: [],
         },
         probe="/-/ready",
         start_s=30,

@@ -20,11 +20,22 @@ import psutil
 
 from moe_cli import announce, processes
 from moe_cli.bind import Unbound, bind
-from moe_cli.documents import PLAN, Part, PartState, Phase, StackPlan, StackState, Stage, wipe, write, write_state
+from moe_cli.documents import (
+    PLAN,
+    TARGETS,
+    Part,
+    PartState,
+    Phase,
+    StackPlan,
+    StackState,
+    Stage,
+    wipe,
+    write,
+    write_state,
+)
 from moe_cli.outcome import Exit, Problem
 from moe_cli.ports import listening
 from moe_cli.processes import MARK, Proc
-from moe_cli.stack import TARGETS_FILE
 from moe_core.clock import Clock, SystemClock
 from moe_core.http import session
 from moe_core.log import configure, get_log
@@ -240,7 +251,7 @@ class Supervisor:
         for job, reference in self._plan.scrape.items():
             with contextlib.suppress(Unbound):
                 rows.append({"targets": [urlsplit(bind(reference, facts)).netloc], "labels": {"job": job}})
-        write(self._folder / TARGETS_FILE, orjson.dumps(rows).decode())
+        write(self._folder / TARGETS, orjson.dumps(rows).decode())
 
     # Ending
 

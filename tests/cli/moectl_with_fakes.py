@@ -1,15 +1,17 @@
-"""moectl with small fakes in place of engine, tuner and checkpoint step; gateway and Prometheus are the real ones."""
+"""moectl with small fakes in place of its parts, all but Prometheus; KEEP names parts that stay real."""
 
+import os
 from pathlib import Path
 
 from moe_cli import stack
 from moe_cli.main import main
 
 HERE = Path(__file__).parent
+FAKES = {"checkpoint": "fake_step.py", "serving": "fake_serving.py", "gateway": "fake_part.py", "tuner": "fake_part.py"}
 
 if __name__ == "__main__":
-    stack.PROGRAMS["checkpoint"] = (str(HERE / "fake_step.py"),)
-    stack.PROGRAMS["serving"] = (str(HERE / "fake_serving.py"),)
-    stack.PROGRAMS["tuner"] = (str(HERE / "fake_tuner.py"),)
+    for part, script in FAKES.items():
+        if part not in os.environ.get("KEEP", "").split():
+            stack.PROGRAMS[part] = (str(HERE / script),)
     stack.SERVING_STOP_S = 2.0
     main()

@@ -1,4 +1,4 @@
-"""Stands in for `python -m moe_tuner`: ready, a status with one decision, nothing else."""
+"""Stands in for the tuner, and for the gateway where its own work is not the point: ready, two ports, nothing else."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ async def main() -> None:
     app.router.add_get("/v1/status", status)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    sys.stdout.write(json.dumps({"ready": True, "port": runner.addresses[0][1]}) + "\n")
+    for _ in range(2):
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port, admin_port = (address[1] for address in runner.addresses)
+    sys.stdout.write(json.dumps({"ready": True, "port": port, "adminPort": admin_port}) + "\n")
     sys.stdout.flush()
     await stop.wait()
 
