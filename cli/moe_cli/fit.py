@@ -167,8 +167,13 @@ class _Edit:
         spec = self.document["spec"]
         model, engine, hardware = spec["model"], spec["engine"], spec["hardware"]
         if family is not None:
-            asked = model.get("source") or model["id"]
-            self._tell("spec.model.id", asked, f"tiny checkpoint of {family}", "the checkpoint is not for this machine")
+            where = "source" if model.get("source") else "id"
+            self._tell(
+                f"spec.model.{where}",
+                model[where],
+                f"tiny checkpoint of {family}",
+                "the checkpoint is not for this machine",
+            )
             self._set(model, "spec.model", "quantization", Quantization.AUTO.value, "tiny weights are plain")
         on_gpu = hardware["accelerator"] != "cpu"
         self._set(hardware, "spec.hardware", "accelerator", "cpu", "this machine serves on cpu")
@@ -193,12 +198,16 @@ class _Edit:
         self.ranks = asked if asked <= room else 2 ** (room.bit_length() - 1)
         why = f"ranks on {machine.cores} cores"
         self._set(spec["hardware"], "spec.hardware", "gpusPerReplica", self.ranks, why)
-        if self.ranks != asked:
+        data = spec["parallelism"].get("data") or 1
+        if self.ranks != asked or data > 1:
+            why = why if self.ranks != asked else "data-parallel ranks are not served on a CPU yet"
             for name in ("tensor", "data", "pipeline", "expert"):
                 if spec["parallelism"].get(name):
                     self._tell(f"spec.parallelism.{name}", spec["parallelism"].pop(name), "chosen to fit", why)
         replicas = spec["replicas"]
         most = max(1, room // self.ranks)
+        if replicas["min"] == 0:
+            self._set(replicas, "spec.replicas", "min", 1, "nothing here starts a replica when a request comes")
         for name in ("min", "max"):
             if replicas.get(name) is not None and replicas[name] > most:
                 self._set(

@@ -69,6 +69,9 @@ def up(options: UpOptions, say: Say) -> Exit:
     """Check everything, start the stack, show it; returns how it ended. Raises Refusal."""
     resource = read(options.file)
     folder = options.state_dir
+    if options.fallback_url is not None and not options.fallback_url.startswith(("http://", "https://")):
+        remedy = "name the base of an OpenAI-compatible API, such as http://127.0.0.1:9000/v1"
+        raise Refusal(Problem(field="--fallback-url", message=f"{options.fallback_url!r} is no address", remedy=remedy))
     refuse_taken({"--port": options.port, "--prometheus-port": options.prometheus_port})
     found, to_write = preflight.find_secrets(resource, options.secrets, folder / "secrets")
     signer = Signer.generate()
@@ -99,8 +102,7 @@ def up(options: UpOptions, say: Say) -> Exit:
             say.line(f"substituted: {change}")
         for note in wanted.notes:
             say.line(f"note: {note}")
-        child = _supervisor(folder, lock, linked=not options.detach)
-    return asyncio.run(_follow(options, wanted, child, say))
+        return asyncio.run(_follow(options, wanted, lock, say))
 
 
 @contextlib.contextmanager
@@ -154,13 +156,15 @@ def _supervisor(folder: Path, lock: int, *, linked: bool) -> subprocess.Popen[by
         )
 
 
-async def _follow(options: UpOptions, wanted: StackPlan, child: subprocess.Popen[bytes], say: Say) -> Exit:
-    """Show the stack until it ends, is told to stop, or is left running."""
+async def _follow(options: UpOptions, wanted: StackPlan, lock: int, say: Say) -> Exit:
+    """Start the stack and show it until it ends, is told to stop, or is left running."""
     folder = options.state_dir
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
+    # Only now: a signal in between would leave a supervisor that nobody ends.
+    child = _supervisor(folder, lock, linked=not options.detach)
     leave = False
     try:
         with Screen(folder, wanted, say, fancy=not options.plain and not options.detach) as view:
@@ -230,7 +234,7 @@ def _outcome(state: StackState | None, wanted: StackPlan, stopped: bool, say: Sa
         return Exit.CRASHED
     if state.problem is not None:
         say.problem(state.problem)
-        if state.exit_code == Exit.CRASHED and state.log_tail:
+        if state.log_tail:
             say.aside("last lines of its log:")
             for line in state.log_tail:
                 say.aside(f"  | {line}")

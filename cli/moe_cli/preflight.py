@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -23,12 +24,21 @@ def look(resource: MoEDeployment, base: Path, secrets: SecretFiles) -> Machine:
     """This machine, for a resource whose file lies in `base` (relative checkpoint paths start there)."""
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=memory_bytes(),
         python=sys.executable,
         prometheus=shutil.which("prometheus"),
         checkpoint=find_checkpoint(resource, base),
         secrets=secrets,
     )
+
+
+def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may use: the machine's, or a container's smaller share of it."""
+    total = psutil.virtual_memory().total
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int((cgroup / name).read_text()))
+    return total
 
 
 def find_checkpoint(resource: MoEDeployment, base: Path) -> CheckpointFacts | Problem | None:

@@ -104,10 +104,7 @@ class Supervisor:
             while failure is None and not stop.done():
                 done, tasks = await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
                 tasks.discard(stop)
-                failure = next((e for task in done if isinstance(e := task.exception(), Failed)), None)
-                for task in done:
-                    if failure is None:
-                        task.result()
+                failure = next((_failure(e) for task in done if (e := task.exception()) is not None), None)
         finally:
             for task in {stop, reaper, *tasks}:
                 task.cancel()
@@ -260,7 +257,8 @@ class Supervisor:
         if failure is None:
             self._save(phase=Phase.STOPPING)
         else:
-            log_tail = processes.tail(self._logs / f"{failure.part}.log")
+            in_words = failure.problem == self._faults.get(failure.part)
+            log_tail = () if in_words else processes.tail(self._logs / f"{failure.part}.log")
             self._update(failure.part, phase=Phase.FAILED)
             self._save(phase=Phase.STOPPING, problem=failure.problem, log_tail=log_tail)
             log.error("part failed", part=failure.part, problem=str(failure.problem))
@@ -358,6 +356,15 @@ def waves(parts: tuple[Part, ...]) -> list[list[Part]]:
         placed |= {part.name for part in group}
         left = [part for part in left if part.name not in placed]
     return groups
+
+
+def _failure(error: BaseException) -> Failed:
+    """What ended a part's task: its failure, or a fault of this program."""
+    if isinstance(error, Failed):
+        return error
+    log.error("the supervisor failed", error=repr(error))
+    problem = Problem(message=f"the supervisor failed: {error!r}", remedy="see logs/supervisor.log")
+    return Failed("supervisor", problem, Exit.CRASHED)
 
 
 async def _answers(client: aiohttp.ClientSession, url: str) -> bool:

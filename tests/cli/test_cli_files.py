@@ -180,6 +180,7 @@ def test_the_committed_crd_is_what_the_types_give_and_a_changed_one_is_not(moect
     [
         ("a secret option without a file", ["--secret", "openai/apiKey"], "NAME/KEY=FILE"),
         ("a secret file that is not there", ["--secret", "openai/apiKey=/no/key"], "/no/key is no file"),
+        ("a fallback that is no address", ["--fallback-url", "localhost:9"], "--fallback-url"),
         ("a port that is none", ["--port", "70000"], "--port"),
     ],
 )

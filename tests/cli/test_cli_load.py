@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
-from collections.abc import Sequence
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, pstdev
@@ -18,8 +21,10 @@ from hypothesis import strategies as st
 
 from moe_cli.arrivals import Arrival, Lengths, gamma_arrivals, parse_lengths, prompt, read_trace
 from moe_cli.load import clip, offer
+from moe_cli.load_run import LoadOptions, run
 from moe_cli.load_stats import percentile, summarise
-from moe_cli.outcome import Refusal
+from moe_cli.outcome import Exit, Refusal
+from moe_cli.say import Say
 from moe_cli.stream import OK, Outcome, chat
 from moe_core.clock import FakeClock, SystemClock
 from moe_core.http import session
@@ -140,10 +145,12 @@ async def offered(times: Sequence[float], service_s: float, limit: int | None) -
         await clock.sleep(service_s)
         return Outcome(OK, due_s=due_s, sent_s=sent[number], end_s=clock.monotonic())
 
-    run = asyncio.create_task(offer([Arrival(t, 1, 1) for t in times], send, clock, limit=limit, outcomes=outcomes))
-    while not run.done():
+    offering = asyncio.create_task(
+        offer([Arrival(t, 1, 1) for t in times], send, clock, limit=limit, outcomes=outcomes)
+    )
+    while not offering.done():
         await clock.advance(0.5)
-    await run
+    await offering
     return outcomes, sent
 
 
@@ -174,11 +181,11 @@ async def test_an_interrupted_run_keeps_what_was_finished() -> None:
         return Outcome(OK, due_s, due_s, clock.monotonic())
 
     arrivals = [Arrival(t, 1, 1) for t in (0.0, 0.5, 50.0)]
-    run = asyncio.create_task(offer(arrivals, send, clock, outcomes=outcomes))
+    offering = asyncio.create_task(offer(arrivals, send, clock, outcomes=outcomes))
     await clock.advance(10.0)
-    run.cancel()
+    offering.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await run
+        await offering
     assert (len(outcomes), cancelled) == (1, [1])
 
 
@@ -229,6 +236,37 @@ def test_nothing_sent_is_a_report_too() -> None:
 # Real streams
 
 
+@asynccontextmanager
+async def upstream(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+    """A server whose chat endpoint is `answer`; gives the base of its API."""
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        await runner.cleanup()
+
+
+def load_options(*, tmp: Path, **changes: Any) -> LoadOptions:
+    values: dict[str, Any] = {
+        **dict.fromkeys(("trace", "rps", "seconds", "url", "concurrency_limit", "context", "ttft_ms", "itl_ms")),
+        "model": "m",
+        "burstiness": 1.0,
+        "input_tokens": "5",
+        "output_tokens": "5",
+        "seed": 0,
+        "speed": 1.0,
+        "chars_per_token": 1.0,
+        "ignore_eos": False,
+        "as_json": True,
+        "state_dir": tmp,
+    }
+    return LoadOptions(**{**values, **changes})
+
+
 def events(*rows: object) -> bytes:
     return b"".join(b"data: " + (r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n\n" for r in rows)
 
@@ -260,19 +298,45 @@ async def test_how_a_stream_went(name: str, status: int, body: bytes, kind: str,
         headers = {"x-moestack-target": "local"} if request.headers.get("x-moestack-explain") == "1" else {}
         return web.Response(status=status, body=body, headers={"Content-Type": "text/event-stream", **headers})
 
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        async with session() as client:
-            url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-            found = await chat(client, url, {"model": "m"}, SystemClock(), keep_text=True)
-    finally:
-        await runner.cleanup()
+    async with upstream(answer) as url, session() as client:
+        found = await chat(client, url, {"model": "m"}, SystemClock(), keep_text=True)
     assert (found.kind, found.output_tokens, found.target) == (kind, tokens, "local")
     assert (found.first_s is not None) == (tokens > 0), "a role is no token"
+
+
+async def test_ctrl_c_prints_what_was_finished(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    answered = asyncio.Event()
+
+    async def answer(_: web.Request) -> web.StreamResponse:
+        if answered.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.Event().wait()
+        answered.set()
+        return web.Response(body=events(token("a"), b"[DONE]"), headers={"Content-Type": "text/event-stream"})
+
+    async with upstream(answer) as url:
+        trace = write_trace(tmp_path, HEAD + "0,5,5\n0.2,5,5\n500,5,5\n")
+        code = await run(load_options(trace=trace, url=url, tmp=tmp_path), Say())
+    report = json.loads(capsys.readouterr().out)
+    assert code == Exit.INTERRUPTED
+    assert (report["planned"], report["sent"], report["ok"], report["interrupted"]) == (3, 1, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "field"),
+    [
+        ("nothing to send", {"rps": 1.0}, "--trace"),
+        ("no rate", {"rps": 0.0, "seconds": 1.0}, "--rps"),
+        ("no shape", {"rps": 1.0, "seconds": 1.0, "burstiness": -1.0}, "--burstiness"),
+        ("a rate beside a trace", {"trace": Path("t.csv"), "rps": 1.0}, "--rps"),
+        ("no stack", {"rps": 1.0, "seconds": 1.0}, "--url"),
+        ("nobody there", {"rps": 1.0, "seconds": 1.0, "url": "http://127.0.0.1:1/v1", "model": None}, "--url"),
+    ],
+)
+async def test_options_that_cannot_be_run(name: str, options: dict[str, Any], field: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal) as refused:
+        await run(load_options(tmp=tmp_path, **options), Say())
+    assert [problem.field for problem in refused.value.problems] == [field]
 
 
 async def test_nobody_there() -> None:

@@ -18,7 +18,7 @@ from moe_cli.checkpoint import CheckpointFacts, hub_snapshot, inspect
 from moe_cli.documents import Change, PartState, Phase, StackState, Stage, read_state, write, write_state
 from moe_cli.load_stats import LoadReport, Spread, TargetCount
 from moe_cli.outcome import Problem, Refusal
-from moe_cli.preflight import find_checkpoint, find_secrets
+from moe_cli.preflight import find_checkpoint, find_secrets, memory_bytes
 from moe_cli.processes import Proc, tail
 from moe_cli.say import Say
 from moe_cli.status import Figures, Report, figures
@@ -109,6 +109,14 @@ def test_secrets_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     given.write_text("k3")
     assert find_secrets(wanted, (f"openai/apiKey={given}",), folder) == ({key: given}, {})
     assert not folder.exists(), "looking writes nothing"
+
+
+def test_a_container_has_its_share_of_the_memory(tmp_path: Path) -> None:
+    whole = memory_bytes(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_bytes(tmp_path) == whole
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory_bytes(tmp_path) == 1000
 
 
 # The checkpoint on this machine
