@@ -25,6 +25,8 @@ from moe_gateway.state import Gateway
 from moe_gateway.upstream import Fault, Rejected, Upstream, UpstreamFailed, send
 
 MAX_ANSWER_BYTES = 64 << 20
+PROBE_PROMISES = 2.0
+"""A probe of an upstream that was down waits so many SLOs, not the whole patience of a request."""
 _LOST = (aiohttp.ClientError, OSError, TimeoutError)
 
 
@@ -57,6 +59,7 @@ class Attempt:
         self._usage: Usage | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._billed = False
+        self._probe = False
         self._sent_s = 0.0
         self._first_s: float | None = None
         self._last_s = 0.0
@@ -65,6 +68,7 @@ class Attempt:
         """Answer the client from this upstream. Raises UpstreamFailed or Rejected while nothing has been answered."""
         gateway, call, upstream = self._gateway, self._call, self._upstream
         self._sent_s = self._clock.monotonic()
+        self._probe = upstream.probing()
         gateway.sent(upstream)
         due_s = None
         if not self._request.stream:
@@ -114,7 +118,7 @@ class Attempt:
 
     async def _whole(self) -> None:
         try:
-            async with asyncio.timeout(self._gateway.config.limits.response_s):
+            async with asyncio.timeout(self._whole_limit_s()):
                 response = await self._open()
                 body = await _read_all(response)
         except _LOST as error:
@@ -137,6 +141,14 @@ class Attempt:
         call.outcome = Outcome.OK
         if self._request.endpoint is not Endpoint.EMBEDDINGS:
             upstream.estimate = observe_decode(upstream.estimate, itl_s=None, output_tokens=call.output_tokens)
+
+    def _whole_limit_s(self) -> float:
+        """Longest wait for an answer in one piece. A probe gives way after a few promises, where it can."""
+        limits, slo = self._gateway.config.limits, self._gateway.config.slo
+        if not (self._probe and self._elsewhere()):
+            return limits.response_s
+        tokens = self._request.output_limit or limits.spill_output_tokens
+        return min(limits.response_s, PROBE_PROMISES * (slo.ttft_p95_s + tokens * slo.itl_p95_s))
 
     # A stream
 
@@ -169,7 +181,7 @@ class Attempt:
             error = ApiError(502, f"the answer was cut: {broken}", kind="upstream_error", code="stream_cut")
             await self._break_off(error)
         else:
-            self._out.finished = True  # the upstream's own error event has been passed on
+            await self._out.finish()  # the upstream's own error event has been passed on
 
     async def _first_token(self) -> tuple[aiohttp.ClientResponse, bytes]:
         """The bytes up to the first content token. After `first_token_s` the attempt gives way where another may be
@@ -182,7 +194,10 @@ class Attempt:
                     if self._elsewhere():
                         deadline.reschedule(loop.time())
 
-                timer = loop.call_later(limits.first_token_s, give_way)
+                patience_s = limits.first_token_s
+                if self._probe:
+                    patience_s = min(patience_s, PROBE_PROMISES * self._gateway.config.slo.ttft_p95_s)
+                timer = loop.call_later(patience_s, give_way)
                 try:
                     response = await self._open()
                     head = await self._read_head(response)

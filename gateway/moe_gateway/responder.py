@@ -45,13 +45,12 @@ class Responder:
         await self.finish(body)
 
     async def error(self, error: ApiError) -> None:
-        """An error in OpenAI's form. In a stream it is an event; then the response is left unfinished, so that the
-        server closes the connection without the end of the body and no client takes it for whole."""
+        """An error in OpenAI's form. In a stream it is the last event, without [DONE] after it: one error that clients
+        know how to raise. A body that breaks off after it would be a second one."""
         if self.finished:
             return
         if self.started:
-            self.finished = True
-            await self.write(error.event())
+            await self.finish(error.event())
             return
         headers: list[Header] = []
         if error.retry_after_s is not None:

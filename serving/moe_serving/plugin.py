@@ -17,6 +17,10 @@ CPU_SPIN_S = 0.002
 """How long a process spins for the next message before it sleeps. vLLM's own second is right beside a GPU; on a CPU
 the spinning ranks take the cores that the HTTP side and the next step need, for ever under a digest each second."""
 
+CPU_RECHECK_MS = 20
+"""How long it sleeps before it looks again. A wake-up can be lost when messages follow one another closely (the
+notifying socket holds one at most); vLLM looks again after 5 s, which a stream would see as a stall."""
+
 
 def enabled() -> bool:
     """False when `MOESTACK_PLUGIN=0` asks for a stock vLLM."""
@@ -37,6 +41,7 @@ def register() -> None:
     wrap_once(EngineArgs, "create_engine_config", _with_worker_extension)
     if current_platform.is_cpu():
         wrap_once(SpinCondition, "__init__", _spin_briefly)
+        wrap_once(SpinCondition, "wait", _recheck_often)
     for name in engine_core.UTILITIES:
         if not hasattr(EngineCore, name):
             setattr(EngineCore, name, getattr(engine_core, name))
@@ -70,3 +75,10 @@ def _spin_briefly(original: Callable[..., None]) -> Callable[..., None]:
         self.busy_loop_s = min(self.busy_loop_s, CPU_SPIN_S)
 
     return init
+
+
+def _recheck_often(original: Callable[..., None]) -> Callable[..., None]:
+    def wait(self: Any, timeout_ms: int | None = None) -> None:
+        original(self, CPU_RECHECK_MS if timeout_ms is None else min(timeout_ms, CPU_RECHECK_MS))
+
+    return wait

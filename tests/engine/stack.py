@@ -78,7 +78,11 @@ class Stack:
         return Signer.load(next(self.state_dir.rglob("*.pem")))
 
     def send(self, knobs: Knobs) -> requests.Response:
-        return requests.post(f"{self.board}/v1/knobs", json=self.signer().sign(knobs).to_json(), timeout=10)
+        """To the board and the gateway, as the tuner does; returns the board's answer."""
+        envelope = self.signer().sign(knobs).to_json()
+        admin = f"http://127.0.0.1:{self.fact('gateway', 'adminPort')}"
+        requests.post(f"{admin}/v1/knobs", json=envelope, timeout=10).raise_for_status()
+        return requests.post(f"{self.board}/v1/knobs", json=envelope, timeout=10)
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Processes of this stack whose command line or title holds `name`."""

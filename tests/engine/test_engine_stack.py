@@ -24,11 +24,11 @@ import psutil
 import pytest
 import requests
 
-from moe_core.wire import EngineKnobs, ExpertKnobs, Knobs, Overflow
+from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs, Overflow
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stack import Stack, until
-from upstream import MARK, ClosedApi, closed_api
+from upstream import ClosedApi, closed_api
 
 pytestmark = pytest.mark.engine
 
@@ -36,6 +36,7 @@ HOT = (0, 1, 2)
 TOP_K = 4
 SHAPE = {"hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 3}
 DEPLOYMENT = "default/stack"
+LOCAL_ONLY = FallbackKnobs(share_cap=0.0)
 
 RESOURCE = """
 apiVersion: moestack.dev/v1alpha1
@@ -94,7 +95,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, closed: ClosedApi) -> Iterat
 def complete(stack: Stack, prompt: str, max_tokens: int = 8, **more: Any) -> requests.Response:
     body = {"model": "tiny-skewed", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, **more}
     headers = {"x-moestack-explain": "1"}
-    return requests.post(f"{stack.url}/completions", json=body, headers=headers, timeout=60)
+    streamed = bool(more.get("stream"))
+    return requests.post(f"{stack.url}/completions", json=body, headers=headers, timeout=60, stream=streamed)
 
 
 @dataclass
@@ -207,6 +209,17 @@ def test_prometheus_holds_the_load_that_was_routed(stack: Stack) -> None:
         assert computed > 2
 
 
+def acknowledged(stack: Stack, version: int) -> None:
+    """Wait until every rank has acknowledged; an AssertionError shows who has not."""
+    answer: dict[str, Any] = {}
+    for _ in range(250):
+        answer = stack.get(f"{stack.board}/v1/acks?version={version}")
+        if answer["complete"]:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"version {version} is not in force after 5 s: {answer}; {stack.digest()['engine']}")
+
+
 def test_a_hundred_changes_under_load(stack: Stack) -> None:
     settings = [
         (ExpertKnobs(overflow=Overflow.REROUTE, capacity_factor_prefill=Decimal("1")), 2),
@@ -223,17 +236,23 @@ def test_a_hundred_changes_under_load(stack: Stack) -> None:
             experts, active = settings[number % len(settings)]
             version += 1
             knobs = Knobs(
-                deployment=DEPLOYMENT, version=version, experts=experts, engine=EngineKnobs(max_active_seqs=active)
+                deployment=DEPLOYMENT,
+                version=version,
+                experts=experts,
+                engine=EngineKnobs(max_active_seqs=active),
+                fallback=LOCAL_ONLY,
             )
             started = time.monotonic()
             assert stack.send(knobs).status_code == 202
-            until(lambda v=version: stack.get(f"{stack.board}/v1/acks?version={v}")["complete"], 5, "acknowledged")
+            acknowledged(stack, version)
             slow.append(time.monotonic() - started)
         # Behaviour, not only a gauge: few may run, the rest waits; rerouting happens under Reroute alone.
         for experts, active in (settings[0], settings[1]):
             version += 1
             engine_knobs = EngineKnobs(max_active_seqs=active)
-            stack.send(Knobs(deployment=DEPLOYMENT, version=version, experts=experts, engine=engine_knobs))
+            stack.send(
+                Knobs(deployment=DEPLOYMENT, version=version, experts=experts, engine=engine_knobs, fallback=LOCAL_ONLY)
+            )
             until(lambda v=version: stack.digest()["knobsVersion"] == v, 5, "in force")
             time.sleep(2.5)
             first = stack.digest()
@@ -242,15 +261,20 @@ def test_a_hundred_changes_under_load(stack: Stack) -> None:
             rerouted = sum(
                 b["reroutedTotal"] - a["reroutedTotal"] for a, b in zip(first["layers"], second["layers"], strict=True)
             )
-            assert second["engine"]["running"] <= active
+            assert second["engine"]["running"] <= active, second["engine"]
             if active == 2:
                 assert second["engine"]["waiting"] > 0
                 assert rerouted > 0
             else:
                 assert rerouted == 0
+        # A tight home, spilling allowed again: what the tuner finds when it goes on.
+        version += 1
+        home = Knobs(deployment=DEPLOYMENT, version=version, engine=EngineKnobs(max_active_seqs=2))
+        assert stack.send(home).status_code == 202
+        acknowledged(stack, version)
     print(f"100 changes: slowest {max(slow):.2f} s; {load}")
     assert load.failures == []
-    assert load.honest == 0
+    assert (load.honest, load.spilled) == (0, 0)
     assert load.ok > 20
     assert load.longest_gap_s <= 1.0
     assert max(slow) <= 2.0
@@ -270,10 +294,12 @@ def test_the_tuner_answers_a_burst_and_says_why(stack: Stack) -> None:
         "--output-tokens", "24,48", "--json", timeout=300,
     )  # fmt: skip
     assert burst.returncode == 0, burst.stderr
-    until(lambda: len(decisions(stack)) > before, 20, "a decision in the log")
+
+    def moves() -> list[dict[str, Any]]:
+        return [row for row in decisions(stack)[before:] if row["action"] == "Move" and row["sent"]]
+
+    changed = until(moves, 20, "a move in the log")
     fresh = decisions(stack)[before:]
-    changed = [row for row in fresh if row["loop"] == "fast" and row.get("after") != row.get("before")]
-    assert changed, fresh
     assert all(row["reason"] for row in fresh)
     status = stack.tuner("/v1/status")
     assert status["decisions"][0]["reason"]
@@ -294,9 +320,9 @@ def test_without_prometheus_it_explores_nothing_and_says_so(stack: Stack) -> Non
             60,
             "it says that Prometheus does not answer",
         )
-        version = stack.get(f"{stack.board}/v1/acks")["version"]
-        time.sleep(3)
-        assert stack.get(f"{stack.board}/v1/acks")["version"] == version
+        tried = [row for row in decisions(stack) if row["action"] == "Try"]
+        time.sleep(5)
+        assert [row for row in decisions(stack) if row["action"] == "Try"] == tried
         assert "Prometheus" in stack.moectl("status").stdout
     assert status["exploring"] is False
 
@@ -317,7 +343,7 @@ def test_a_killed_worker_costs_no_request_more_than_one_honest_error(stack: Stac
     print(f"bridged after {bridged:.1f} s, recovered after {recovered:.1f} s; {load}")
     assert load.failures == []
     assert load.spilled > 0
-    assert MARK in complete(stack, "x").text or complete(stack, "x").ok
+    assert complete(stack, "and on it goes").ok
 
 
 def test_knobs_outlive_the_replica(stack: Stack) -> None:

