@@ -1,6 +1,6 @@
 """Time from a command to the first token: `moectl up`, a bare `serve.run` with the same ranks, and `vllm serve`.
 
-    python -m benchmarks.startup [--runs N] [--ranks 2]
+    python -m benchmarks.startup [--runs N] [--ranks 2] [--only up]
 
 Each run starts from nothing with its own ports; caches of the compiler are warm after the first round, which is not
 counted. The plugin is loaded in all three, because without it expert parallelism crashes on a CPU. Ratios compare runs
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="counted rounds")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that are not counted")
+    parser.add_argument("--only", choices=["up", "bare", "vllm"], action="append", help="short form: these alone")
     options = parser.parse_args()
     from moe_serving.tiny import cached_checkpoint
 
@@ -163,7 +164,8 @@ def main() -> None:
         command += ["--enable-expert-parallel"] if ranks > 1 else []
         return measure(command, port, "tiny", ranks, folder / "vllm.log")
 
-    kinds: dict[str, Callable[[], float]] = {"up": up, "bare": bare, "vllm": vllm_serve}
+    every: dict[str, Callable[[], float]] = {"up": up, "bare": bare, "vllm": vllm_serve}
+    kinds = {name: run for name, run in every.items() if not options.only or name in options.only}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(options.warm_up + options.runs):
         for name, run in kinds.items():
@@ -172,22 +174,30 @@ def main() -> None:
             print(f"round {number} {name}: {took:.1f} s{'' if counted else ' (warm-up)'}", flush=True)
             if counted:
                 seconds[name].append(took)
-    ratios = {
-        other: statistics.median(a / b for a, b in zip(seconds["up"], seconds[other], strict=True))
-        for other in ("bare", "vllm")
-    }
     print(
         json.dumps(
             {
-                "up_to_first_token_s": round(statistics.median(seconds["up"]), 1),
-                "over_bare_serve_run": round(ratios["bare"], 3),
-                "over_vllm_serve": round(ratios["vllm"], 3),
+                "up_to_first_token_s": middle(seconds.get("up", [])),
+                "over_bare_serve_run": over(seconds, "bare"),
+                "over_vllm_serve": over(seconds, "vllm"),
                 "seconds": {name: [round(value, 1) for value in values] for name, values in seconds.items()},
                 "ranks": ranks,
                 "cores": os.cpu_count(),
             }
         )
     )
+
+
+def middle(values: list[float]) -> float | None:
+    """Median in seconds; None of nothing."""
+    return round(statistics.median(values), 1) if values else None
+
+
+def over(seconds: dict[str, list[float]], other: str) -> float | None:
+    """Median over rounds of `moectl up` divided by another; None where one of them was left out."""
+    if not seconds.get("up") or not seconds.get(other):
+        return None
+    return round(statistics.median(a / b for a, b in zip(seconds["up"], seconds[other], strict=True)), 3)
 
 
 if __name__ == "__main__":
