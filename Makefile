@@ -17,8 +17,8 @@ $(UV): requirements/uv.txt
 	$(CACHE)/uv/bin/python -m pip install -q --require-hashes -r requirements/uv.txt
 $(STAMP): requirements/dev.txt pyproject.toml shims/vllm/pyproject.toml | $(UV)
 	test -x $(PY) || $(UV) venv -q --python $(PYTHON) .venv
-	$(UV) pip sync -q --require-hashes requirements/dev.txt
-	$(UV) pip install -q --no-deps --no-build-isolation ./shims/vllm -e .
+	$(UV) pip sync -q --python $(PY) --require-hashes requirements/dev.txt
+	$(UV) pip install -q --python $(PY) --no-deps --no-build-isolation ./shims/vllm -e .
 	touch $@
 
 system: ## install the system packages (Debian, as root), or say what to install

@@ -99,7 +99,7 @@ class BoardState:
         expected = {
             name: replica.ranks for name, replica in self._replicas.items() if now_s - replica.heard_s <= SILENT_S
         }
-        given = [ack for replica in self._replicas.values() for ack in replica.acks.get(version, {}).values()]
+        given = [ack for name in expected for ack in self._replicas[name].acks.get(version, {}).values()]
         good = {(ack.replica, ack.rank) for ack in given if ack.error is None and ack.version >= version}
         complete = bool(expected) and all(
             (name, rank) in good for name, ranks in expected.items() for rank in range(ranks)

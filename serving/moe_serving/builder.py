@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from moe_core.config import ServingConfig
@@ -19,6 +20,8 @@ def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
     """Arguments of vLLM's engine for a configuration."""
     if config.data_parallel > 1:
         raise NotServable("spec.parallelism.data: data-parallel gangs are not served yet; use tensor parallelism")
+    if config.pipeline_parallel > 1:
+        raise NotServable("spec.parallelism.pipeline: pipeline stages are not served yet; use tensor parallelism")
     kwargs: dict[str, Any] = {
         "tensor_parallel_size": config.tensor_parallel,
         "pipeline_parallel_size": config.pipeline_parallel,
@@ -40,16 +43,16 @@ def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
     return kwargs
 
 
-def engine_env(config: ServingConfig, cores: int) -> dict[str, str]:
-    """Environment of the engine's processes. On a CPU each rank is bound to its share of the cores."""
+def engine_env(config: ServingConfig, cores: Sequence[int]) -> dict[str, str]:
+    """Environment of the engine's processes. On a CPU each rank is bound to its share of the cores (their ids)."""
     if config.accelerator != "cpu":
         return {}
     ranks = config.tensor_parallel
-    share = max(1, cores // ranks)
-    spans = [(rank * share, min(cores, (rank + 1) * share) - 1) for rank in range(ranks)]
+    share = max(1, len(cores) // ranks)
+    shares = [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, ids)) for ids in shares),
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -73,7 +76,7 @@ def build_app(args: dict[str, Any] | ServingConfig) -> Any:
             "health_check_period_s": HEALTH_CHECK_PERIOD_S,
             "max_ongoing_requests": 1000,
         },
-        runtime_env={"env_vars": engine_env(config, os.cpu_count() or 1)},
+        runtime_env={"env_vars": engine_env(config, sorted(os.sched_getaffinity(0)))},
         log_engine_metrics=False,
         experimental_configs={"stream_batching_interval_ms": 0},
     )

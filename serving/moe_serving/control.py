@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any, Protocol
 
 from moe_core.clock import Clock, SystemClock
 from moe_core.wire import Ack, Knobs, ReplicaDigest
 from moe_serving.digest import Identity, Totals, build
+
+CALL_TIMEOUT_S = 30.0
+
+
+class EngineDead(Exception):
+    """The engine is gone for good; Serve's health check replaces the replica."""
 
 
 class Engine(Protocol):
@@ -25,16 +32,25 @@ class Engine(Protocol):
 class AsyncLLMEngine:
     """vLLM's AsyncLLM as an `Engine`."""
 
-    def __init__(self, client: Any, timeout_s: float = 30.0) -> None:
+    def __init__(self, client: Any) -> None:
         self._client = client
-        self._timeout_s = timeout_s
 
     async def ranks(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        answers = await self._client.collective_rpc(method, self._timeout_s, args, None)
+        # The engine itself gets no time limit: a late answer of a rank would be read as that of the next call.
+        answers = await self._bounded(self._client.collective_rpc(method, None, args, None))
         return list(answers)
 
     async def core(self, method: str, *args: Any) -> Any:
-        return await self._client.engine_core.call_utility_async(method, *args)
+        return await self._bounded(self._client.engine_core.call_utility_async(method, *args))
+
+    @staticmethod
+    async def _bounded(call: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await asyncio.wait_for(call, CALL_TIMEOUT_S)
+        except EngineDeadError as error:
+            raise EngineDead(str(error)) from None
 
 
 class Control:
@@ -45,6 +61,7 @@ class Control:
         self._clock = clock or SystemClock()
         self._who = Identity(replica, revision, self._clock.time())
         self._totals = Totals()
+        self._changing = asyncio.Lock()
         self.version = 0
         self.rank_count = 1
 
@@ -64,15 +81,22 @@ class Control:
 
         Raises ValueError where the engine cannot follow.
         """
-        errors = sorted({ack.error for ack in await self._apply(knobs, 0) if ack.error})
+        async with self._changing:
+            acks = await self._apply(knobs, 0)
+        errors = sorted({ack.error for ack in acks if ack.error})
         if errors:
             raise ValueError(f"spec.{'; '.join(errors)}")
 
     async def apply(self, knobs: Knobs) -> list[Ack]:
         """One Ack for each rank. An older version changes nothing and is acknowledged with what is in force."""
-        if knobs.version <= self.version:
-            return [self._ack(rank, self.version, None) for rank in range(self.rank_count)]
-        return await self._apply(knobs, knobs.version)
+        # A caller that is cancelled half-way must not leave limits of one version with experts of another.
+        return await asyncio.shield(asyncio.ensure_future(self._apply_newer(knobs)))
+
+    async def _apply_newer(self, knobs: Knobs) -> list[Ack]:
+        async with self._changing:
+            if knobs.version <= self.version:
+                return [self._ack(rank, self.version, None) for rank in range(self.rank_count)]
+            return await self._apply(knobs, knobs.version)
 
     async def _apply(self, knobs: Knobs, version: int) -> list[Ack]:
         before = await self._engine.core("moestack_scheduler_state")
@@ -80,10 +104,16 @@ class Control:
             await self._engine.core(
                 "moestack_set_limits", knobs.engine.max_active_seqs, knobs.engine.max_batched_tokens
             )
+        except (EngineDead, TimeoutError):
+            raise
         except Exception as error:
             return [self._ack(rank, self.version, _last_line(error)) for rank in range(self.rank_count)]
         payload = knobs.experts.model_dump_json(by_alias=True, exclude_none=True)
-        answers = await self._engine.ranks("moestack_apply", payload, version)
+        try:
+            answers = await self._engine.ranks("moestack_apply", payload, version)
+        except Exception:
+            await self._engine.core("moestack_set_limits", before["active_seqs"], before["batched_tokens"])
+            raise
         refused = any(answer["error"] for answer in answers)
         if refused:
             # Ranks of one engine hold the same layers and refuse alike; the limits go back, so nothing is half done.

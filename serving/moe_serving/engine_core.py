@@ -5,6 +5,7 @@ They are called by name over the engine's own utility channel, between two steps
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +24,27 @@ class LimitRefused(ValueError):
     """A limit outside of what the engine was launched for, or one that would starve requests."""
 
 
-def check_limits(wanted: Limits, ceiling: Limits, *, draft_tokens: int, chunked_prefill: bool, longest: int) -> Limits:
+def check_limits(
+    wanted: Limits, ceiling: Limits, *, draft_tokens: int, chunked_prefill: bool, longest: int, running: int = 0
+) -> Limits:
     """The limits, if they are safe. Raises LimitRefused that names the knob, the value and the bound.
 
     The running loop stops when a step's token budget is spent, so each active sequence needs its 1 + draft tokens in
-    every step; without chunked prefill a prompt longer than the budget would wait for ever.
+    every step, and so do those that run already; without chunked prefill a prompt longer than the budget would wait
+    for ever.
     """
     if not 1 <= wanted.active_seqs <= ceiling.active_seqs:
         raise LimitRefused(
             f"engine.maxActiveSeqs {wanted.active_seqs} is outside 1 to {ceiling.active_seqs}, the launch-time ceiling"
         )
-    floor = wanted.active_seqs * (1 + draft_tokens)
+    sequences = max(wanted.active_seqs, running)
+    floor = sequences * (1 + draft_tokens)
     if not chunked_prefill:
         floor = max(floor, longest)
     if not floor <= wanted.batched_tokens <= ceiling.batched_tokens:
         raise LimitRefused(
             f"engine.maxBatchedTokens {wanted.batched_tokens} is outside {floor} to {ceiling.batched_tokens}: "
-            f"{wanted.active_seqs} active sequences need {floor} tokens in a step, the launch-time ceiling is "
+            f"{sequences} active sequences need {floor} tokens in a step, the launch-time ceiling is "
             f"{ceiling.batched_tokens}"
         )
     return wanted
@@ -60,6 +65,7 @@ def moestack_set_limits(self: Any, active_seqs: int | None, batched_tokens: int 
         draft_tokens=int(getattr(scheduler, "num_spec_tokens", 0) or 0),
         chunked_prefill=bool(config.enable_chunked_prefill),
         longest=int(scheduler.max_model_len),
+        running=len(scheduler.running),
     )
     scheduler.max_num_active_reqs = wanted.active_seqs
     scheduler.max_num_scheduled_tokens = wanted.batched_tokens
@@ -73,12 +79,23 @@ def moestack_scheduler_state(self: Any) -> dict[str, float]:
     return {
         "running": len(scheduler.running),
         "waiting": len(scheduler.waiting),
+        "preemptions": int(getattr(scheduler, "_moestack_preemptions", 0)),
         "kv_usage": float(scheduler.kv_cache_manager.usage),
         "active_seqs": scheduler.max_num_active_reqs,
         "batched_tokens": scheduler.max_num_scheduled_tokens,
         "ceiling_active_seqs": ceiling.active_seqs,
         "ceiling_batched_tokens": ceiling.batched_tokens,
     }
+
+
+def count_preemptions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the scheduler's method that pushes a request out of the KV cache."""
+
+    def preempt_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._moestack_preemptions = getattr(self, "_moestack_preemptions", 0) + 1
+        return original(self, *args, **kwargs)
+
+    return preempt_request
 
 
 def _ceiling(scheduler: Any) -> Limits:

@@ -10,7 +10,7 @@ from moe_core.clock import Clock
 from moe_core.log import Log
 from moe_core.signing import CommandInvalid, SignatureRefused, Verifier
 from moe_core.wire import Knobs, Signed
-from moe_serving.control import Control
+from moe_serving.control import Control, EngineDead
 
 DIGEST_EVERY_S = 1.0
 WAIT_S = 10.0
@@ -44,29 +44,38 @@ class Link:
         self._clock = clock
         self._log = log
         self._envelope: Signed | None = None
+        self._asked = 0
+        self._last: tuple[int, list[dict[str, Any]]] | None = None
 
     async def run(self) -> None:
-        """Keep the link up. An engine that died ends it with the engine's error."""
+        """Keep the link up, whatever fails. Only an engine that died ends it (EngineDead, in a group)."""
         while True:
             try:
                 board = await self._connect()
                 has = None if self._envelope is None else self._envelope.to_json()
                 await board.register(self._control.replica, self._control.rank_count, has)
+                if self._last is not None:
+                    # A board that died has forgotten them.
+                    await board.acknowledge(*self._last)
+                self._asked = self._control.version
                 self._log.info("registered with the board", replica=self._control.replica)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._follow(board))
                     group.create_task(self._report(board))
-            except* _Lost as lost:
-                self._log.warning("the board is lost, looking for it", reason=str(lost.exceptions[0]))
+            except* EngineDead:
+                raise
+            except* Exception as failed:
+                first = failed.exceptions[0]
+                self._log.warning("the link is interrupted", reason=f"{type(first).__name__}: {first}")
             await self._clock.sleep(RETRY_S)
 
     async def _follow(self, board: BoardCalls) -> None:
         while True:
-            answer = await _call(board.wait(self._control.replica, self._control.version, WAIT_S))
+            answer = await board.wait(self._control.replica, self._asked, WAIT_S)
             if not answer["known"]:
                 raise _Lost("the board does not know this replica")
             if answer["matrix"]:
-                await _call(board.matrix(self._control.replica, await self._control.matrix()))
+                await board.matrix(self._control.replica, await self._control.matrix())
             if answer["knobs"] is not None:
                 await self._take(board, Signed.model_validate(answer["knobs"]))
 
@@ -79,29 +88,23 @@ class Link:
             return
         acks = await self._control.apply(knobs)
         errors = sorted({ack.error for ack in acks if ack.error})
+        # What was refused is acknowledged with the error, and not asked for again until a newer version comes.
+        self._asked = knobs.version
         if errors:
-            # Acknowledged with the error, and not asked for again until a newer version comes.
             self._log.warning("knobs refused by the engine", version=knobs.version, reason="; ".join(errors))
-            self._control.version = knobs.version
         else:
             self._envelope = envelope
             self._log.info("knobs in force", version=knobs.version, replica=self._control.replica)
-        await _call(board.acknowledge(knobs.version, [ack.to_json() for ack in acks]))
+        self._last = (knobs.version, [ack.to_json() for ack in acks])
+        await board.acknowledge(*self._last)
 
     async def _report(self, board: BoardCalls) -> None:
         while True:
             digest = await self._control.digest()
-            if not await _call(board.report(digest.to_json())):
+            if not await board.report(digest.to_json()):
                 raise _Lost("the board does not know this replica")
             await self._clock.sleep(DIGEST_EVERY_S)
 
 
 class _Lost(Exception):
-    """A call to the board failed."""
-
-
-async def _call(call: Awaitable[Any]) -> Any:
-    try:
-        return await call
-    except Exception as error:
-        raise _Lost(f"{type(error).__name__}: {error}") from None
+    """The board has forgotten this replica."""

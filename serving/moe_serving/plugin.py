@@ -13,6 +13,10 @@ from typing import Any
 WORKER_EXTENSION = "moe_serving.worker.WorkerExtension"
 _MARK = "_moestack_hooked"
 
+HOOKS_FORMAT = 1
+"""Part of the key of vLLM's compile cache: raise it when an operator or a hook changes. Without it a graph compiled
+without the plugin would be taken for one with it, and nothing would be counted or capped."""
+
 CPU_SPIN_S = 0.002
 """How long a process spins for the next message before it sleeps. vLLM's own second is right beside a GPU; on a CPU
 the spinning ranks take the cores that the HTTP side and the next step need, for ever under a digest each second."""
@@ -34,6 +38,7 @@ def register() -> None:
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     from moe_serving import engine_core
@@ -42,6 +47,7 @@ def register() -> None:
     if current_platform.is_cpu():
         wrap_once(SpinCondition, "__init__", _spin_briefly)
         wrap_once(SpinCondition, "wait", _recheck_often)
+    wrap_once(Scheduler, "_preempt_request", engine_core.count_preemptions)
     for name in engine_core.UTILITIES:
         if not hasattr(EngineCore, name):
             setattr(EngineCore, name, getattr(engine_core, name))
@@ -64,6 +70,8 @@ def _with_worker_extension(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.worker_extension_cls:
             self.worker_extension_cls = WORKER_EXTENSION
+        if isinstance(self.additional_config, dict):
+            self.additional_config = {**self.additional_config, "moestack": HOOKS_FORMAT}
         return original(self, *args, **kwargs)
 
     return create_engine_config

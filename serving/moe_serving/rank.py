@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_core.capacity import GAMMA_SCALE, check_gamma
+from moe_core.capacity import GAMMA_SCALE, CapacityRefused, check_gamma
 from moe_core.wire import ExpertKnobs, Overflow
 from moe_serving import capacity
 from moe_serving.scores import Routing, UnknownRouting, routing_of, scores, weights
@@ -109,8 +109,14 @@ class Rank:
                 raise KnobsRefused(f"experts.overflow: layer {layer.name} bypasses the router ({layer.bypassed})")
             if layer.routing is None:
                 raise KnobsRefused(f"experts.overflow: layer {layer.name} is counted only ({layer.why_unknown})")
-            for gamma in (knobs.capacity_factor_prefill, knobs.capacity_factor_decode):
-                check_gamma(gamma, layer.top_k)
+            for name, gamma in (
+                ("prefill", knobs.capacity_factor_prefill),
+                ("decode", knobs.capacity_factor_decode),
+            ):
+                try:
+                    check_gamma(gamma, layer.top_k)
+                except CapacityRefused as refused:
+                    raise KnobsRefused(f"experts.capacityFactor.{name}: {refused}") from None
         self.knobs = knobs
         self.knobs_version = version
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -97,9 +98,11 @@ def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Ev
             if not ray.is_initialized():
                 raise StartFailed("Ray is gone")
         return 0
-    except (StartFailed, builder.NotServable) as error:
+    except Exception as error:
         if stop.is_set():
             return 0
+        if not isinstance(error, StartFailed | builder.NotServable):
+            log.exception("serving could not start or go on")
         _tell(error=_explain(config, str(error)))
         return EXIT_COULD_NOT_START
     finally:
@@ -132,8 +135,11 @@ def _explain(config: ServingConfig, message: str) -> dict[str, str]:
         (line for line in reversed(lines) if "Error" in line or "error" in line), lines[-1] if lines else ""
     )
     field, remedy = "spec.engine", "see the serving log for the engine's whole report"
+    named = re.search(r"spec\.[A-Za-z][\w.\[\]]*\w", sentence)
+    if named is not None:
+        text = sentence[named.end() :].lstrip(": ")
+        return {"field": named.group(), "message": text[:500], "remedy": "change that field"}
     for mark, where, what in (
-        ("spec.", sentence.split(":")[0], "change that field"),
         ("max_model_len", "spec.engine.maxModelLen", "lower it to what the checkpoint allows"),
         ("safetensors", "spec.model.source", "the checkpoint is damaged: fetch it again"),
         ("config.json", "spec.model.source", "name a folder that holds a whole checkpoint"),

@@ -46,10 +46,10 @@ def routing_of(router: Any) -> Routing:
     bias = getattr(router, "e_score_correction_bias", None)
     groups, per_token = 1, 1
     # The CPU router covers every scheme in one class and says which by a flag; the others are a class each.
-    if getattr(router, "use_grouped_topk", type(router).__name__ == "GroupedTopKRouter"):
+    grouped = bool(getattr(router, "use_grouped_topk", type(router).__name__ == "GroupedTopKRouter"))
+    if grouped:
         groups, per_token = int(router.num_expert_group or 1), int(router.topk_group or 1)
-    grouped_or_biased = groups > 1 or bias is not None
-    scaling = float(getattr(router, "routed_scaling_factor", 1.0)) if grouped_or_biased else 1.0
+    scaling = float(getattr(router, "routed_scaling_factor", 1.0)) if grouped or bias is not None else 1.0
     return Routing(str(scoring), bool(getattr(router, "renormalize", False)), scaling, groups, per_token, bias)
 
 

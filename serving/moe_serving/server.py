@@ -52,6 +52,13 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
         """Start the engine, without the usage report that Ray's own server sends after it."""
         await self.engine.start()
 
+    async def check_health(self) -> None:
+        """Healthy while the engine is, and while knobs can reach it."""
+        await super().check_health()
+        link = getattr(self, "_link", None)
+        if link is not None and link.done():
+            raise RuntimeError("the link to the board has ended")
+
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """What a replica boots with. It is not the path of a change: the board is."""
         if user_config and self._control.version == 0:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from moe_core.wire import ExpertKnobs
@@ -24,8 +25,6 @@ from moe_serving.rank import DECODE, PREFILL, RANK, now
 
 def install() -> None:
     """Hook routers, the model runner and, on a CPU, the experts."""
-    from vllm.platforms import current_platform
-
     wrap_once(BaseRouter, "__init__", _register_router)
     wrap_once(GPUModelRunner, "_prepare_inputs", _note_phases)
     wrap_once(GPUModelRunner, "execute_model", _time_step)
@@ -55,7 +54,7 @@ def _count_and_cap(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
     ) -> Any:
         topk_weights, topk_ids = original(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
-        if self._moestack_layer < 0:
+        if self._moestack_layer < 0 or topk_ids.device.type != "cpu":
             return topk_weights, topk_ids
         return torch.ops.moestack.route(topk_weights, topk_ids, router_logits, self._moestack_layer)
 
@@ -76,6 +75,8 @@ def number_layers(model: Any) -> None:
         experts = getattr(module, "routed_experts", None)
         if experts is not None and experts.quant_method.is_monolithic:
             layer.bypassed = f"monolithic kernel of {type(experts.quant_method).__name__}"
+        if not current_platform.is_cpu():
+            layer.bypassed = "no kernel of ours for this device yet"
         expert_map = getattr(experts, "expert_map", None)
         layer.owner = None if expert_map is None else (expert_map >= 0).cpu()
 
@@ -87,8 +88,10 @@ def _note_phases(original: Callable[..., Any]) -> Callable[..., Any]:
         computed, prompt = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
         scheduled = num_scheduled_tokens[:count]
         phases = np.where(computed >= prompt, DECODE, PREFILL).astype(np.uint8)
-        # A request yields a token in every step but those that end inside its prompt.
-        RANK.begin_step(np.repeat(phases, scheduled), generated=int((computed + scheduled >= prompt).sum()))
+        # A request yields a token in every step but those that end inside what it has: its prompt, and after it was
+        # pushed out of the KV cache its own earlier tokens too.
+        have = np.fromiter((self.requests[name].num_tokens for name in batch.req_ids[:count]), np.int64, count)
+        RANK.begin_step(np.repeat(phases, scheduled), generated=int((computed + scheduled >= have).sum()))
         return original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     return prepare_inputs

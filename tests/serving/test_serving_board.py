@@ -32,10 +32,14 @@ class FakeEngine:
         self.version = 0
         self.knobs = ExpertKnobs()
         self.refuse = ""
+        self.fails = 0
 
     async def ranks(self, method: str, *args: Any) -> list[dict[str, Any]]:
         if method == "moestack_start":
             return [[{"layer": 0, "name": "l0", "hooked": True}]] * 2  # type: ignore[list-item]
+        if self.fails:
+            self.fails -= 1
+            raise TimeoutError
         if method == "moestack_apply":
             if not self.refuse:
                 self.knobs, self.version = ExpertKnobs.model_validate_json(args[0]), args[1]
@@ -76,12 +80,16 @@ class World:
         self.engine = FakeEngine()
         self.board = self.new_board(0)
         self.url = ""
+        self.refusals = 0
 
     @staticmethod
     def new_board(port: int) -> Board:
         return Board(DEPLOYMENT, "local", [SIGNER.public_pem()], "127.0.0.1", port)
 
     async def connect(self) -> Any:
+        if self.refusals:
+            self.refusals -= 1
+            raise ConnectionError("the actor is restarting")
         self.url = await self.board.start()
         return self.board
 
@@ -205,6 +213,52 @@ async def test_a_board_that_died_gets_its_knobs_back_from_the_replica(world: Wor
     status = await world.until("/v1/knobs", lambda value: "payload" in value)
     assert json.loads(status["payload"])["version"] == 7
     assert (await world.send(knobs(6)))[0] == 409
+
+
+async def test_the_link_outlives_a_board_that_is_slow_to_come_back_and_an_engine_that_is_slow_to_answer(
+    world: World,
+) -> None:
+    world.refusals, world.engine.fails = 3, 1
+    assert (await world.send(knobs(8)))[0] == 202
+    acks = await world.until("/v1/acks?version=8", lambda value: value["complete"])
+    assert len(acks["acks"]) == 2
+
+
+async def test_a_refusal_is_told_again_to_a_board_that_forgot_it(world: World) -> None:
+    world.engine.refuse = "experts.overflow: layer 3 bypasses the router"
+    await world.send(knobs(3))
+    await world.until("/v1/acks?version=3", lambda value: len(value["acks"]) == 2)
+    port = int(world.url.rsplit(":", 1)[1])
+    dead = world.board
+    world.board = world.new_board(port)
+    for name in ("wait", "report", "acknowledge"):
+        setattr(dead, name, _gone)
+    await dead.close()
+    acks = await world.until("/v1/acks?version=3", lambda value: len(value["acks"]) == 2)
+    assert not acks["complete"]
+    assert all("bypasses" in ack["error"] for ack in acks["acks"])
+
+
+async def test_a_cancelled_caller_leaves_nothing_half_applied() -> None:
+    engine = FakeEngine()
+    control = Control(engine, "r", "local")
+    await control.start()
+    slow = asyncio.Event()
+    ranks = engine.ranks
+
+    async def hold(method: str, *args: Any) -> list[dict[str, Any]]:
+        await slow.wait()
+        return await ranks(method, *args)
+
+    engine.ranks = hold  # type: ignore[method-assign]
+    task = asyncio.create_task(control.apply(knobs(2, max_active_seqs=4)))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    slow.set()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.01)
+    assert (engine.limits, engine.version, control.version) == ((4, 512), 2, 2)
 
 
 async def _gone(*_: object) -> None:

@@ -25,6 +25,7 @@ CEILING = Limits(64, 2048)
         ("none", Limits(0, 2048), {}, "maxActiveSeqs 0"),
         ("above the token ceiling", Limits(8, 4096), {}, "maxBatchedTokens 4096"),
         ("decodes would starve", Limits(32, 31), {}, "need 32 tokens"),
+        ("running sequences would starve", Limits(2, 8), {"running": 9}, "need 9 tokens"),
         ("drafts count", Limits(32, 64), {"draft_tokens": 2}, "need 96 tokens"),
         ("a long prompt would wait for ever", Limits(8, 512), {"chunked_prefill": False, "longest": 1024}, "1024"),
     ],
@@ -87,9 +88,9 @@ def test_digest_windows_are_differences_and_totals_are_not() -> None:
 
 def test_ranks_are_bound_to_their_own_cores() -> None:
     config = ServingConfig(deployment="a/b", model="m", source="/m", tensor_parallel=2)
-    assert engine_env(config, 2)["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
-    assert engine_env(config, 8)["VLLM_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
-    assert engine_env(config.model_copy(update={"accelerator": "nvidia-h100"}), 8) == {}
+    assert engine_env(config, [0, 1])["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert engine_env(config, [1, 3, 4, 6])["VLLM_CPU_OMP_THREADS_BIND"] == "1,3|4,6"
+    assert engine_env(config.model_copy(update={"accelerator": "nvidia-h100"}), [0, 1]) == {}
 
 
 def test_engine_arguments_never_trust_remote_code() -> None:
@@ -98,6 +99,8 @@ def test_engine_arguments_never_trust_remote_code() -> None:
     assert engine_kwargs(config)["enable_expert_parallel"] is True
     with pytest.raises(NotServable, match=r"spec\.parallelism\.data"):
         engine_kwargs(config.model_copy(update={"data_parallel": 2}))
+    with pytest.raises(NotServable, match=r"spec\.parallelism\.pipeline"):
+        engine_kwargs(config.model_copy(update={"pipeline_parallel": 2}))
 
 
 @pytest.mark.parametrize(
