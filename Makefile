@@ -11,10 +11,12 @@ STAMP := .venv/.moestack-stamp
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
-setup: $(STAMP) ## make .venv from the locks in requirements/
+.NOTPARALLEL:
+setup: system $(STAMP) ## make .venv from the locks in requirements/, system packages first
 $(UV): requirements/uv.txt
 	$(PYTHON) -m venv $(CACHE)/uv
 	$(CACHE)/uv/bin/python -m pip install -q --require-hashes -r requirements/uv.txt
+	touch $@
 $(STAMP): requirements/dev.txt pyproject.toml shims/vllm/pyproject.toml | $(UV)
 	test -x $(PY) || $(UV) venv -q --python $(PYTHON) .venv
 	$(UV) pip sync -q --python $(PY) --require-hashes requirements/dev.txt
@@ -24,8 +26,8 @@ $(STAMP): requirements/dev.txt pyproject.toml shims/vllm/pyproject.toml | $(UV)
 system: ## install the system packages (Debian, as root), or say what to install
 	@tools/system-packages
 
-up: setup system ## serve the tiny model on this machine: engine, gateway, Prometheus, tuner
-	$(PY) -m moe_cli.main up $(FILE) --tiny --chat
+up: setup ## serve the tiny model on this machine: engine, gateway, Prometheus, tuner
+	$(PY) -m moe_cli.main up $(FILE) --tiny --chat --detach
 
 down: setup ## stop what `make up` started
 	$(PY) -m moe_cli.main down
@@ -40,12 +42,12 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 unit: setup ## tests that need no engine
 	.venv/bin/pytest -m "not engine and not full"
 
-engine: setup system ## tests on the real vLLM and Ray Serve, one after another
+engine: setup ## tests on the real vLLM and Ray Serve, one after another
 	.venv/bin/pytest -m "engine and not full"
 
 test: check unit engine ## everything that CI runs
 
-test-full: check system ## the long forms as well
+test-full: check ## the long forms as well
 	.venv/bin/pytest
 
 crd: setup ## write the CRD from the types

@@ -147,6 +147,7 @@ def main() -> None:
     def up() -> float:
         port = free_port()
         command = [sys.executable, "-m", "moe_cli.main", "up", str(resource), "--port", str(port), "--plain"]
+        command += ["--foreground"]
         return measure([*command, "--state-dir", str(folder / "state")], port, "tiny", ranks, folder / "up.log")
 
     def bare() -> float:

@@ -147,6 +147,8 @@ def _supervisor(folder: Path, lock: int, *, linked: bool) -> subprocess.Popen[by
     with (folder / "logs" / "supervisor.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "moe_cli.main", "supervise", str(folder)],
+            # Keys lie in files for the gateway alone by now: no other process inherits them.
+            env={name: value for name, value in os.environ.items() if not name.startswith("MOESTACK_SECRET_")},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -229,6 +231,10 @@ def _end(child: subprocess.Popen[bytes], wanted: StackPlan) -> None:
 
 
 def _outcome(state: StackState | None, wanted: StackPlan, stopped: bool, say: Say) -> Exit:
+    if stopped and (state is None or state.stack_id != wanted.stack_id):
+        # Told to stop before the supervisor had written anything.
+        say.line("everything was stopped")
+        return Exit.INTERRUPTED
     if state is None or state.stack_id != wanted.stack_id or not state.ended:
         say.problem(Problem(message="the supervisor ended early", remedy="see logs/supervisor.log in the state folder"))
         return Exit.CRASHED

@@ -7,7 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_api.v1alpha1 import FallbackTarget, MoEDeployment, Overflow
+from moe_api.v1alpha1 import FallbackSpec, FallbackTarget, MoEDeployment, Overflow
 from moe_core.config import (
     GatewayConfig,
     GatewayLimits,
@@ -25,6 +25,7 @@ from moe_core.wire import Overflow as WireOverflow
 REVISION = "local"
 DEFAULT_ACTIVE_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 2048
+DAYS_IN_A_MONTH = 31
 DRAIN_S = 5.0
 """How long Ctrl-C waits for streams that are open at the gateway."""
 
@@ -89,6 +90,13 @@ def serving_config(
     )
 
 
+def usd_per_day(fallback: FallbackSpec) -> Decimal | None:
+    """Dollars a day that keep the day's limit, and the month's in its longest form."""
+    day, month = fallback.budget.usd_per_day, fallback.budget.usd_per_month
+    limits = [limit for limit in (day, None if month is None else month / DAYS_IN_A_MONTH) if limit is not None]
+    return min(limits).quantize(Decimal("0.000001")) if limits else None
+
+
 def target_config(target: FallbackTarget, key_file: Path | None, fallback_url: str | None) -> TargetConfig:
     """One fallback target. With `fallback_url` it is that OpenAI-compatible server, whatever the file says."""
     price = target.price
@@ -126,7 +134,7 @@ def gateway_config(
         spill=SpillConfig(
             miss_probability=float(trigger.miss_probability),
             share_cap=float(trigger.share_cap),
-            usd_per_day=spec.fallback.budget.usd_per_day,
+            usd_per_day=usd_per_day(spec.fallback),
         ),
         limits=GatewayLimits(drain_s=DRAIN_S),
         trusted_keys=tuple(trusted_keys),

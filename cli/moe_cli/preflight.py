@@ -15,7 +15,7 @@ from moe_api.v1alpha1 import MoEDeployment
 from moe_cli.checkpoint import CheckpointFacts, hub_snapshot, inspect
 from moe_cli.fit import Machine
 from moe_cli.outcome import Problem, Refusal
-from moe_cli.stack import env_name
+from moe_cli.targets import env_name
 
 SecretFiles = Mapping[tuple[str, str], Path]
 

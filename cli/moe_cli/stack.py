@@ -8,9 +8,10 @@ from pathlib import Path
 
 from moe_api.v1alpha1 import MoEDeployment
 from moe_cli import plan_local
-from moe_cli.documents import TARGETS, Change, Part, StackPlan
+from moe_cli.documents import TARGETS, Part, StackPlan
 from moe_cli.fit import Fit, Machine, Refused, fit
 from moe_cli.outcome import Exit, Problem
+from moe_cli.targets import targets as find_targets
 from moe_core.config import TargetConfig
 
 PROGRAMS: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,7 @@ def plan(resource: MoEDeployment, machine: Machine, options: Options) -> StackPl
     fitted = fit(resource, machine, options.tiny)
     if isinstance(fitted, Refused):
         return fitted
-    targets = _targets(fitted.resource, machine, options)
+    targets = find_targets(fitted.resource, machine.secrets, tiny=options.tiny, fallback_url=options.fallback_url)
     if isinstance(targets, Refused):
         return targets
     if machine.prometheus is None:
@@ -72,42 +73,6 @@ def plan(resource: MoEDeployment, machine: Machine, options: Options) -> StackPl
         changes=(*fitted.changes, *targets.changes),
         notes=_notes(fitted.resource, targets.configs),
     )
-
-
-@dataclass(frozen=True)
-class _Targets:
-    configs: tuple[TargetConfig, ...]
-    changes: tuple[Change, ...]
-
-
-def _targets(resource: MoEDeployment, machine: Machine, options: Options) -> _Targets | Refused:
-    """Fallback targets with their keys. One whose key is missing is left out with --tiny, and refused without."""
-    configs: list[TargetConfig] = []
-    changes: list[Change] = []
-    problems: list[Problem] = []
-    for index, target in enumerate(resource.spec.fallback.targets):
-        where = f"spec.fallback.targets[{index}]"
-        reference = target.secret_ref
-        key_file = machine.secrets.get((reference.name, reference.key)) if reference is not None else None
-        if reference is not None and key_file is None and options.fallback_url is None:
-            name = f"{reference.name}/{reference.key}"
-            if options.tiny:
-                changes.append(Change(field=where, asked=target.name, used="left out", why=f"no secret {name} here"))
-            else:
-                remedy = f"give it with --secret {name}=FILE, or set {env_name(reference.name, reference.key)}"
-                message = f"secret {name} of target {target.name} is not on this machine"
-                problems.append(Problem(field=f"{where}.secretRef", message=message, remedy=remedy))
-            continue
-        if options.fallback_url is not None:
-            why = "--fallback-url"
-            changes.append(Change(field=where, asked=target.name, used=options.fallback_url, why=why))
-        configs.append(plan_local.target_config(target, key_file, options.fallback_url))
-    return Refused(tuple(problems)) if problems else _Targets(tuple(configs), tuple(changes))
-
-
-def env_name(secret: str, key: str) -> str:
-    """Environment variable that may hold a secret: openai/apiKey → MOESTACK_SECRET_OPENAI_APIKEY."""
-    return "MOESTACK_SECRET_" + "".join(c if c.isalnum() else "_" for c in f"{secret}_{key}").upper()
 
 
 def _notes(resource: MoEDeployment, targets: Sequence[TargetConfig]) -> tuple[str, ...]:

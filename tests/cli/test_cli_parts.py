@@ -26,7 +26,15 @@ from moe_core.wire import EngineDigest, ExpertKnobs, GatewayDigest, LayerDigest,
 from tests.cli.cli_world import resource, write_checkpoint
 
 FALLBACK = {
-    "targets": [{"name": "g", "provider": "openai", "model": "m", "secretRef": {"name": "openai", "key": "apiKey"}}],
+    "targets": [
+        {
+            "name": "g",
+            "provider": "openai",
+            "model": "m",
+            "secretRef": {"name": "openai", "key": "apiKey"},
+            "price": {"inputUsdPerMTokens": "1", "outputUsdPerMTokens": "1"},
+        }
+    ],
     "budget": {"usdPerDay": "1"},
 }
 

@@ -19,11 +19,17 @@ from moe_core.config import GatewayConfig, ServingConfig, TunerConfig
 from tests.cli.cli_world import QWEN, machine, options, resource
 
 LOCAL = CheckpointFacts(Path("/models/q"), experts=16, top_k=4, max_model_len=4096, weight_bytes=10_000)
-OPENAI = {"name": "gpt", "provider": "openai", "model": "gpt-5.5", "secretRef": {"name": "openai", "key": "apiKey"}}
+PRICED = {"inputUsdPerMTokens": "5", "outputUsdPerMTokens": "30"}
+OPENAI = {
+    "name": "gpt",
+    "provider": "openai",
+    "model": "gpt-5.5",
+    "secretRef": {"name": "openai", "key": "apiKey"},
+    "price": PRICED,
+}
 FALLBACK = {"targets": [OPENAI], "budget": {"usdPerDay": "200"}}
 H100 = {"accelerator": "nvidia-h100", "gpusPerReplica": 4}
 TINY = "tiny checkpoint of qwen3_moe"
-PRICED = {"inputUsdPerMTokens": "5", "outputUsdPerMTokens": "30"}
 
 
 def made(found: StackPlan | Refused) -> StackPlan:
@@ -216,11 +222,68 @@ def test_a_missing_secret_is_refused_without_tiny() -> None:
     assert "MOESTACK_SECRET_OPENAI_APIKEY" in found.problems[0].remedy
 
 
+KEY = {("openai", "apiKey"): Path("/k")}
+COMPATIBLE = {"name": "own", "provider": "openai-compatible", "model": "m", "baseUrl": "http://own/v1"}
+
+
 @pytest.mark.parametrize(("price", "noted"), [({}, True), (PRICED, False)])
-def test_a_target_without_a_price_is_noted(price: dict[str, str], noted: bool) -> None:
-    here = machine(checkpoint=LOCAL, secrets={("openai", "apiKey"): Path("/k")})
-    stack = made(plan(resource(fallback={**FALLBACK, "targets": [{**OPENAI, "price": price}]}), here, options()))
+def test_an_own_server_without_a_price_is_noted(price: dict[str, str], noted: bool) -> None:
+    fallback = {**FALLBACK, "targets": [{**COMPATIBLE, "price": price}]}
+    stack = made(plan(resource(fallback=fallback), machine(checkpoint=LOCAL), options()))
     assert any("price" in note for note in stack.notes) is noted
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field"),
+    [
+        ("no price", {"price": {}}, "price"),
+        ("half a price", {"price": {"inputUsdPerMTokens": "5"}}, "price"),
+        ("a provider that the gateway does not speak", {"provider": "anthropic"}, "provider"),
+    ],
+)
+def test_a_target_that_cannot_be_used_is_refused_and_left_out_with_tiny(
+    name: str, change: dict[str, object], field: str
+) -> None:
+    asked = resource(fallback={**FALLBACK, "targets": [{**OPENAI, **change}]})
+    here = machine(checkpoint=LOCAL, secrets=KEY)
+    assert refused(plan(asked, here, options())).problems[0].field == f"spec.fallback.targets[0].{field}"
+    stack = made(plan(asked, here, options(tiny=True)))
+    assert gateway(stack).targets == ()
+    assert any(change.field == "spec.fallback.targets[0]" for change in stack.changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "fallback", "spec", "kept"),
+    [
+        ("nothing may leave", {"dataPolicy": {"egress": "Never"}}, {}, 0),
+        ("only to who keeps nothing", {"dataPolicy": {"egress": "ZeroRetentionOnly"}}, {}, 1),
+        ("only to a region", {"dataPolicy": {"egress": "Region", "regions": ["eu-west-1"]}}, {}, 1),
+        ("a tier may not spill", {}, {"tiers": [{"name": "strict", "tenants": ["t"], "fallback": "Never"}]}, 0),
+        ("all may", {}, {}, 2),
+    ],
+)
+@pytest.mark.parametrize("url", [None, "http://lab/v1"])
+def test_what_may_not_leave_finds_no_target(
+    name: str, fallback: dict[str, object], spec: dict[str, object], kept: int, url: str | None
+) -> None:
+    quiet = {**OPENAI, "name": "quiet", "zeroRetention": True, "region": "eu-west-1"}
+    asked = resource(fallback={**FALLBACK, "targets": [OPENAI, quiet], **fallback}, **spec)
+    stack = made(plan(asked, machine(checkpoint=LOCAL, secrets=KEY), options(fallback_url=url)))
+    assert len(gateway(stack).targets) == kept
+
+
+@pytest.mark.parametrize(
+    ("budget", "day"),
+    [
+        ({"usdPerDay": "200"}, "200"),
+        ({"usdPerDay": "200", "usdPerMonth": "310"}, "10"),
+        ({"usdPerDay": "5", "usdPerMonth": "310"}, "5"),
+    ],
+)
+def test_the_days_limit_keeps_the_months(budget: dict[str, str], day: str) -> None:
+    asked = resource(fallback={**FALLBACK, "budget": budget})
+    stack = made(plan(asked, machine(checkpoint=LOCAL, secrets=KEY), options()))
+    assert gateway(stack).spill.usd_per_day == Decimal(day)
 
 
 def test_no_prometheus_could_not_start() -> None:

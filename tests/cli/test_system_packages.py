@@ -21,6 +21,7 @@ def machine(folder: Path, **programs: str) -> Path:
     """A PATH with the few tools that the script uses, and the given ones."""
     for name in ("sh", "chmod", "rm", "true", "ln"):
         (folder / name).symlink_to(shutil.which(name) or "")
+    (folder / "g++").symlink_to(shutil.which("true") or "")
     for name, text in programs.items():
         path = folder / name.replace("_", "-")
         path.write_text(text.format(folder=folder, log=folder / "log"))
@@ -69,3 +70,11 @@ def test_elsewhere_the_command_is_named(name: str, programs: dict[str, str], com
     assert found.returncode == 1
     assert command in found.stderr
     assert not (tmp_path / "log").exists()
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    here = machine(tmp_path, prometheus="#!/bin/sh\n", dnf="")
+    (here / "g++").unlink()
+    found = run(here)
+    assert found.returncode == 1
+    assert "not installed: g++." in found.stderr
