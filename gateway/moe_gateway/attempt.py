@@ -1,8 +1,7 @@
 """One attempt at one upstream: send, hold until the first content token, pass on, count, bill.
 
 Nothing reaches the client before the first content token, so that until then another upstream can take over. After it
-the answer belongs to this upstream: a failure becomes an error event in the stream, [DONE] is not sent, and the
-connection is closed without the end of the body.
+the answer belongs to this upstream: a failure becomes one error event, the last of the stream, and [DONE] is not sent.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class GatewayServer:
 
     async def _serve(self, client_socket: socket.socket) -> None:
         for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
-            # A stream that is broken off on purpose is an error to uvicorn; our own log has said so already.
+            # What goes wrong in a request is in our own log, with the request's id.
             logging.getLogger(name).disabled = True
         server = uvicorn.Config(
             App(self.gateway),
