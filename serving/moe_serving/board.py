@@ -45,7 +45,7 @@ class Board:
         self._runner: web.AppRunner | None = None
         self._changed = asyncio.Event()
         self._matrix_wanted = False
-        self._matrices: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._matrices: dict[str, dict[str, Any]] = {}
         self._metrics = registry(deployment, revision, lambda: self.state.digests(self._clock.monotonic()))
 
     # Calls of replicas
@@ -86,10 +86,6 @@ class Board:
         )
         self._wake()
 
-    async def forget(self, replica: str) -> None:
-        """A replica stops."""
-        self.state.forget(replica)
-
     async def wait(self, replica: str, version: int, timeout_s: float) -> dict[str, Any]:
         """Wait for knobs newer than `version`, or for a wish: {"knobs": envelope?, "matrix": bool, "known": bool}."""
         deadline = self._clock.monotonic() + timeout_s
@@ -117,7 +113,7 @@ class Board:
 
     async def matrix(self, replica: str, matrix: dict[str, Any]) -> None:
         """A replica's full expert matrix, as asked for."""
-        self._matrices[replica] = (self._clock.monotonic(), matrix)
+        self._matrices[replica] = matrix
 
     # HTTP
 
@@ -165,7 +161,7 @@ class Board:
         while not expected <= self._matrices.keys() and self._clock.monotonic() < deadline:
             await self._clock.sleep(0.02)
         self._matrix_wanted = False
-        return _json([matrix for _, matrix in self._matrices.values()])
+        return _json(list(self._matrices.values()))
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})

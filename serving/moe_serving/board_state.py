@@ -71,10 +71,6 @@ class BoardState:
             if knobs.version > self.version and knobs.deployment == self.deployment:
                 self.envelope, self.version = has, knobs.version
 
-    def forget(self, replica: str) -> None:
-        """A replica is gone for good."""
-        self._replicas.pop(replica, None)
-
     def known(self, replica: str) -> bool:
         return replica in self._replicas
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any, Protocol
 
 from moe_core.clock import Clock, SystemClock
@@ -157,7 +156,7 @@ class Control:
         }
 
     def _ack(self, rank: int, version: int, error: str | None) -> Ack:
-        return Ack(replica=self.replica, rank=rank, version=version, applied_at_s=time.time(), error=error)
+        return Ack(replica=self.replica, rank=rank, version=version, applied_at_s=self._clock.time(), error=error)
 
 
 def _last_line(error: Exception) -> str:

@@ -49,7 +49,6 @@ class Layer:
     overflow_kept: int = 0
     lost_gate_mass: float = 0.0
     max_prefill_load: int = 0
-    over_capacity: int = 0
 
     def __post_init__(self) -> None:
         self.demand = torch.zeros(self.experts, dtype=torch.int64)

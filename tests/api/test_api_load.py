@@ -8,6 +8,8 @@ import pytest
 
 from moe_api.load import ResourceInvalid, load_file, load_object, load_text
 from moe_api.resource import MoEDeployment
+from tests.api.documents import file_with as _file
+from tests.api.documents import problems_of as _problems
 
 DESIGN_EXAMPLE = """
 apiVersion: moestack.dev/v1alpha1
@@ -22,26 +24,6 @@ spec:
     budget: {usdPerDay: "200"}
   tuning: {mode: Auto}
 """
-
-
-def _file(*extra: str, drop: str = "") -> str:
-    """The smallest good file, without the lines that begin with `drop`, and with lines added to its spec."""
-    lines = [
-        "apiVersion: moestack.dev/v1alpha1",
-        "kind: MoEDeployment",
-        "metadata: {name: m}",
-        "spec:",
-        "  model: {id: org/m}",
-        "  hardware: {accelerator: cpu, gpusPerReplica: 2}",
-    ]
-    kept = [line for line in lines if not drop or not line.strip().startswith(drop)]
-    return "\n".join([*kept, *(f"  {line}" for line in extra)])
-
-
-def _problems(text: str) -> dict[str, tuple[str | None, str]]:
-    with pytest.raises(ResourceInvalid) as caught:
-        load_text(text, "f.yaml")
-    return {problem.path: (problem.value, problem.remedy) for problem in caught.value.problems}
 
 
 def test_the_example_of_the_design_is_enough() -> None:

@@ -10,28 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from moe_api.fields import Rule, SpecModel
-from moe_api.load import ResourceInvalid, load_text
-
-
-def _file(*extra: str, drop: str = "") -> str:
-    """The smallest good file, without the lines that begin with `drop`, and with lines added to its spec."""
-    lines = [
-        "apiVersion: moestack.dev/v1alpha1",
-        "kind: MoEDeployment",
-        "metadata: {name: m}",
-        "spec:",
-        "  model: {id: org/m}",
-        "  hardware: {accelerator: cpu, gpusPerReplica: 2}",
-    ]
-    kept = [line for line in lines if not drop or not line.strip().startswith(drop)]
-    return "\n".join([*kept, *(f"  {line}" for line in extra)])
-
-
-def _problems(text: str) -> dict[str, tuple[str | None, str]]:
-    with pytest.raises(ResourceInvalid) as caught:
-        load_text(text, "f.yaml")
-    return {problem.path: (problem.value, problem.remedy) for problem in caught.value.problems}
-
+from moe_api.load import load_text
+from tests.api.documents import file_with as _file
+from tests.api.documents import problems_of as _problems
 
 TARGET = "{name: gpt, provider: openai, model: gpt-5.5, secretRef: {name: openai, key: k}}"
 
