@@ -44,6 +44,9 @@ class UpgradeSpec(SpecModel):
         "Traffic of the new revision at each step; ends at 100.", (5, 25, 50, 100), unit="percent"
     )
     step_duration: Interval = hot("How long the SLO must hold before the next step.", Duration("2m"), unit="duration")
+    progress_deadline: Interval = hot(
+        "Longest wait for a new revision to answer; then the traffic goes back.", Duration("30m"), unit="duration"
+    )
     drain_timeout: Interval = hot(
         "Longest wait for requests in flight on the old revision.", Duration("10m"), unit="duration"
     )

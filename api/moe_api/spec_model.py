@@ -9,7 +9,7 @@ from pydantic import StringConstraints
 from moe_api import fields
 from moe_api.common import AbsolutePath, Count, LabelValue, Name, Natural, SecretKeyRef
 from moe_api.enums import CacheKind, Quantization
-from moe_api.fields import Disruption, Rule, SpecModel, group, hot, revision
+from moe_api.fields import Rule, SpecModel, group, hot, revision
 from moe_api.scalars import Quantity
 
 SOURCE_PATTERN = r"^((hf|s3|gs|az|pvc|file)://)?[^\s:@?#]+$"
@@ -124,12 +124,8 @@ class ReplicasSpec(SpecModel):
     """How many replicas autoscaling may run."""
 
     min: Natural = hot("Fewest replicas; 0 needs a fallback target.", 1, unit="replicas", le=1000)
-    max: Count | None = revision(
-        "Most replicas; by default min (at least 1), so that nothing scales. A cluster is born with this ceiling.",
-        None,
-        unit="replicas",
-        lowered=Disruption.HOT,
-        le=1000,
+    max: Count | None = hot(
+        "Most replicas; by default min (at least 1), so that nothing scales.", None, unit="replicas", le=1000
     )
 
     RULES = (

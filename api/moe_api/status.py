@@ -63,6 +63,7 @@ class RevisionPhase(StrEnum):
 
     PENDING = "Pending"
     STARTING = "Starting"
+    PROMOTING = "Promoting"
     SERVING = "Serving"
     DRAINING = "Draining"
     FAILED = "Failed"
@@ -81,7 +82,9 @@ class RevisionStatus(SpecModel):
     image: Annotated[str, StringConstraints(strict=True, max_length=512)] | None = told("Image with its digest.")
     renderer_version: Word | None = told("Version of the renderer that wrote it.")
     created_at: Time | None = told("When it was made.")
+    step_started_at: Time | None = told("When its weight was set.")
     drain_deadline: Time | None = told("When it is deleted whatever is in flight.")
+    failed_generation: Generation | None = told("Generation of the spec for which it failed; it is not tried again.")
     message: Sentence | None = told("Why it stands there.")
 
 
@@ -204,12 +207,20 @@ class PauseStatus(SpecModel):
     reason: Sentence | None = told("Why.")
 
 
+class ReplicaBounds(SpecModel):
+    """Bounds of Serve's autoscaling that the tuner asks for; the operator keeps them inside the spec's."""
+
+    min: Natural | None = told("Fewest replicas.", unit="replicas")
+    max: Natural | None = told("Most replicas.", unit="replicas")
+
+
 class TuningStatus(SpecModel):
     """The durable record of the tuner; the tuner alone writes it."""
 
     mode: Word = told("Mode in force.", "")
     knobs: KnobsInForce | None = told("Knobs in force.")
     acknowledged: Natural = told("Lowest version in force on any rank.", 0)
+    replicas: ReplicaBounds | None = told("Bounds of autoscaling asked for.")
     context: TrafficContext | None = told("Traffic now.")
     last_decision: Decision | None = told("The last decision.")
     pins: Annotated[tuple[PinStatus, ...], ListOf(16, key="knob")] = told("Pinned knobs.", ())
@@ -226,6 +237,7 @@ class MoEDeploymentStatus(SpecModel):
     replicas: Natural = told("Replicas asked for.", 0, unit="replicas")
     ready_replicas: Natural = told("Replicas that answer.", 0, unit="replicas")
     revisions: Annotated[tuple[RevisionStatus, ...], ListOf(8, key="name")] = told("Revisions and their weights.", ())
+    weights_version: Natural = told("Version of the weights that gateways are sent.", 0)
     plan: PlanStatus | None = told("The plan in force.")
     live: LiveStatus | None = told("Totals of the last half minute.")
     tuning: TuningStatus | None = told("The tuner's record.")

@@ -33,6 +33,7 @@ BASE = _crd(
     free={"type": "string"},
     labels={"type": "object", "additionalProperties": {"type": "string", "maxLength": 5}, "maxProperties": 3},
     group={"type": "object", "properties": {"x": {"type": "integer"}}},
+    born={"type": "object", "properties": {"x": {"type": "integer", "default": 1}}, "default": {"x": 1}},
     items={
         "type": "array",
         "maxItems": 4,
@@ -99,6 +100,10 @@ BREAKING: dict[str, tuple[Callable[[Schema], None], str]] = {
     "a pattern begun": (_set(FREE, pattern="^a$"), "free: pattern changed from none to ^a$"),
     "a default changed": (_set(NAME, default="b"), "name: default changed from 'a' to 'b'"),
     "a default begun": (_set(FREE, default="b"), "free: default changed from 'none' to 'b'"),
+    "the default of a known field changed within its group": (
+        _set(_at("properties", "born"), default={"x": 2}),
+        "born: default changed from {'x': 1} to {'x': 2}",
+    ),
     "a default dropped": (_drop(NAME, "default"), "name: default changed from 'a' to 'none'"),
     "a list key changed": (_set(ITEMS, **{"x-kubernetes-list-map-keys": ["v"]}), "items: list keys changed"),
     "a list type changed": (
@@ -146,6 +151,10 @@ HARMLESS: dict[str, Callable[[Schema], None]] = {
     "a new required field with a default": lambda d: _schema(d).update(
         required=["new"], properties={**PROPERTIES(d), "new": {"type": "string", "default": "x"}}
     ),
+    "a group born whole gains a field": lambda d: (
+        _set(_at("properties", "born", "properties"), y={"type": "integer", "default": 2})(d),
+        _set(_at("properties", "born"), default={"x": 1, "y": 2})(d),
+    )[-1],
     "an enum value added": _set(NAME, enum=["a", "b", "c"]),
     "an enum ended": _drop(NAME, "enum"),
     "bounds loosened": _set(SIZE, minimum=0, maximum=11),

@@ -95,7 +95,15 @@ def test_every_field_is_described() -> None:
 
 def test_numbers_of_a_measure_have_a_unit() -> None:
     counted = {"maxSkew", "runAsUser", "runAsGroup", "fsGroup", "min", "max", "observedGeneration", "version"}
-    counted |= {"replicas", "readyReplicas", "acknowledged", "fromVersion", "toVersion"}
+    counted |= {
+        "replicas",
+        "readyReplicas",
+        "acknowledged",
+        "fromVersion",
+        "toVersion",
+        "failedGeneration",
+        "weightsVersion",
+    }
     bare = [
         path
         for path, node in NODES.items()

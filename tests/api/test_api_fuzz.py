@@ -49,7 +49,7 @@ def _mutated(rng: random.Random, document: dict[str, Any]) -> dict[str, Any]:
             case 0:
                 del node[place[-1]]
             case 1 if isinstance(node, dict):
-                node[rng.choice([SECRET, "apiKey", "zz", "", "ttft_p95", "A.b/c"])] = rng.choice(VALUES)
+                node[rng.choice([SECRET, "apiKey", "zz", "", "ttft_p95", "A.b/c"])] = copy.deepcopy(rng.choice(VALUES))
             case _:
                 node[place[-1]] = copy.deepcopy(rng.choice(VALUES))
     return document
