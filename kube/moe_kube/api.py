@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,9 +27,12 @@ class WatchEvent:
 
 
 class Api(Protocol):
-    """Calls on the API server. Each raises an `ApiError` (moe_kube.errors); none retries."""
+    """Calls on the API server. Each raises an `ApiError` (moe_kube.errors); none retries.
 
-    async def get(self, ref: Ref) -> Obj: ...
+    `timeout_s` bounds one call, at the caller and at the server; None is the client's own limit.
+    """
+
+    async def get(self, ref: Ref, *, timeout_s: float | None = None) -> Obj: ...
 
     async def list(
         self,
@@ -40,6 +43,7 @@ class Api(Protocol):
         limit: int = 500,
         continue_token: str = "",
         resource_version: str = "",
+        timeout_s: float | None = None,
     ) -> Page:
         """One page. `resource_version` "" reads the newest; "0" whatever a cache has. Raises Gone for an old token."""
         ...
@@ -52,7 +56,7 @@ class Api(Protocol):
         namespace: str | None = None,
         labels: str = "",
         timeout_s: float = 300.0,
-    ) -> AsyncIterator[WatchEvent]:
+    ) -> AsyncGenerator[WatchEvent, None]:
         """Changes after `resource_version`, with bookmarks, until the server ends the watch (about `timeout_s`).
 
         Raises Gone for a version that is too old, Unreachable where nothing was heard for longer than a bookmark takes.
@@ -60,7 +64,14 @@ class Api(Protocol):
         ...
 
     async def apply(
-        self, ref: Ref, body: Mapping[str, Any], *, manager: str, force: bool = True, subresource: str = ""
+        self,
+        ref: Ref,
+        body: Mapping[str, Any],
+        *,
+        manager: str,
+        force: bool = True,
+        subresource: str = "",
+        timeout_s: float | None = None,
     ) -> Obj:
         """Server-side apply: `body` is everything that `manager` wants, and nothing else of it stays.
 
@@ -69,20 +80,27 @@ class Api(Protocol):
         """
         ...
 
-    async def create(self, ref: Ref, body: Mapping[str, Any]) -> Obj:
+    async def create(self, ref: Ref, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Obj:
         """Create; Conflict (reason AlreadyExists) where the name is taken."""
         ...
 
-    async def replace(self, ref: Ref, body: Mapping[str, Any]) -> Obj:
+    async def replace(self, ref: Ref, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Obj:
         """Update (PUT) with the `metadata.resourceVersion` of the body; Conflict where it is not the newest."""
         ...
 
-    async def json_patch(self, ref: Ref, operations: Sequence[Mapping[str, Any]]) -> Obj:
+    async def json_patch(
+        self, ref: Ref, operations: Sequence[Mapping[str, Any]], *, timeout_s: float | None = None
+    ) -> Obj:
         """RFC 6902; a failed `test` operation is Invalid."""
         ...
 
     async def delete(
-        self, ref: Ref, *, uid: str = "", propagation: Literal["Background", "Foreground", "Orphan"] = "Background"
+        self,
+        ref: Ref,
+        *,
+        uid: str = "",
+        propagation: Literal["Background", "Foreground", "Orphan"] = "Background",
+        timeout_s: float | None = None,
     ) -> None:
         """Delete; NotFound where it is gone, Conflict where `uid` is another's."""
         ...
