@@ -150,3 +150,27 @@ class ServingConfig(Model):
     board_port: Port = 0
     trusted_keys: tuple[str, ...] = ()
     boot_knobs: Knobs | None = Field(default=None, description="what a replica boots with, until the board says more")
+
+
+class OperatorConfig(Model):
+    """Everything an operator process knows beside its credentials."""
+
+    namespaces: tuple[str, ...] = Field(
+        default=(), description="namespaces that it looks after; none: the whole cluster"
+    )
+    namespace: str = Field(default="moestack-system", description="its own, where its Lease lies")
+    identity: str = Field(default="", description="name of this process in the Lease; by default host and process id")
+    engine_image: str | None = Field(default=None, description="image of engines that name none; pinned per revision")
+    gateway_image: str | None = Field(default=None, description="image of gateways")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    trusted_keys: tuple[str, ...] = Field(default=(), description="public keys (PEM) of operator and tuner")
+    signing_key_file: str | None = Field(default=None, description="private key that signs weights")
+    tuner_namespace: str = Field(default="moestack-system", description="where the tuner runs: it may reach boards")
+    workers: int = Field(default=4, ge=1, le=64)
+    qps: float = Field(default=50.0, gt=0, description="calls a second on the API server")
+    burst: int = Field(default=100, ge=1)
+    lease_s: float = Field(default=15.0, gt=1)
+    resync_s: float = Field(default=600.0, gt=0, description="longest time between two looks at an object")
+    host: str = "127.0.0.1"
+    port: Port = Field(default=0, description="of /healthz, /readyz and /metrics")
+    log_level: str = "INFO"

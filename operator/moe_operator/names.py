@@ -1,0 +1,81 @@
+"""Names, labels and owner references of what one MoEDeployment owns: deterministic, and within their length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moe_api.annotations import API_VERSION, DEPLOYMENT_LABEL, KIND, NAME_MAX, OPERATOR_MANAGER, REVISION_LABEL
+
+HASH_CHARS = 10
+BOARD_PORT = 8100
+SERVE_PORT = 8000
+GATEWAY_PORT = 8000
+GATEWAY_ADMIN_PORT = 8001
+MANAGED_BY = {"app.kubernetes.io/managed-by": OPERATOR_MANAGER}
+MANAGED_SELECTOR = f"app.kubernetes.io/managed-by={OPERATOR_MANAGER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The MoEDeployment that owns what is made."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    def reference(self) -> dict[str, Any]:
+        return {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+
+
+def labels(owner: Owner, component: str, revision: str | None = None) -> dict[str, str]:
+    """The recommended labels of a part: engine, gateway, board or monitoring."""
+    found = {
+        "app.kubernetes.io/name": "moestack",
+        "app.kubernetes.io/instance": owner.name,
+        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/part-of": "moestack",
+        **MANAGED_BY,
+        DEPLOYMENT_LABEL: owner.name,
+    }
+    if revision is not None:
+        found[REVISION_LABEL] = revision
+    return found
+
+
+def revision_name(deployment: str, digest: str) -> str:
+    """Name of a revision, its RayService and its ControllerRevision: 47 characters at most."""
+    return f"{deployment[:NAME_MAX]}-{digest[:HASH_CHARS]}"
+
+
+def board_name(revision: str) -> str:
+    return f"{revision}-board"
+
+
+def gateway_name(deployment: str) -> str:
+    """Name of the gateway's Deployment, its Service, ConfigMap, autoscaler and budget: the address of clients."""
+    return f"{deployment}-gateway"
+
+
+def gateway_admin_name(deployment: str) -> str:
+    return f"{deployment}-gateway-admin"
+
+
+def serve_url(namespace: str, revision: str) -> str:
+    """OpenAI base of a revision: the Service that KubeRay keeps on the pods that serve."""
+    return f"http://{revision}-serve-svc.{namespace}.svc:{SERVE_PORT}/v1"
+
+
+def board_url(namespace: str, revision: str) -> str:
+    return f"http://{board_name(revision)}.{namespace}.svc:{BOARD_PORT}"
