@@ -7,7 +7,7 @@ PYTHON ?= python3
 FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
-.PHONY: help setup up down test test-full check unit engine lock crd fmt system
+.PHONY: help setup up down test test-full check unit cluster control-plane engine lock crd fmt system
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -39,15 +39,22 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	.venv/bin/lint-imports
 	$(PY) -m moe_cli.main crd --check manifests/crd/moestack.dev_moedeployments.yaml
 
-unit: setup ## tests that need no engine
-	.venv/bin/pytest -m "not engine and not full"
+unit: setup ## tests that need no engine and no control plane
+	.venv/bin/pytest -m "not cluster and not engine and not full"
+
+control-plane: ## build the Kubernetes that `make cluster` runs: once, minutes; KUBEBUILDER_ASSETS skips it
+	@tools/system-packages etcd
+	@$(PYTHON) tools/controlplane/build.py
+
+cluster: setup control-plane ## tests on a real Kubernetes control plane and the real KubeRay
+	.venv/bin/pytest -m "cluster and not full"
 
 engine: setup ## tests on the real vLLM and Ray Serve, one after another
 	.venv/bin/pytest -m "engine and not full"
 
-test: check unit engine ## everything that CI runs
+test: check unit cluster engine ## everything that CI runs
 
-test-full: check ## the long forms as well
+test-full: check control-plane ## the long forms as well
 	.venv/bin/pytest
 
 crd: setup ## write the CRD from the types
