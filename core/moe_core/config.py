@@ -5,15 +5,21 @@ A process reads one JSON document of its type, and nothing else but secrets from
 
 from __future__ import annotations
 
+import hashlib
 from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from moe_api.base import Model
-from moe_core.wire import Knobs
+from moe_core.wire import Knobs, Percent
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def config_hash(document: bytes) -> str:
+    """First 16 hex digits of the SHA-256 of a configuration file, byte for byte: which one a process has in force."""
+    return hashlib.sha256(document).hexdigest()[:16]
 
 
 class TargetConfig(Model):
@@ -75,7 +81,8 @@ class GatewayConfig(Model):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 0
     revisions: tuple[RevisionConfig, ...]
-    weights: dict[str, int]
+    weights: Percent
+    weights_version: int = Field(default=0, ge=0, description="a signed command of a lower version changes nothing")
     slo: SloConfig
     targets: tuple[TargetConfig, ...] = ()
     spill: SpillConfig = SpillConfig()

@@ -108,6 +108,12 @@ GATEWAY_SLO = _counter(
     "moestack_gateway_slo_requests_total", ("deployment", "result"), "Finished requests: result=met or missed"
 )
 GATEWAY_KNOBS_VERSION = _gauge("moestack_gateway_knobs_version", ("deployment",), "Version of the knobs in force")
+GATEWAY_WEIGHTS_VERSION = _gauge("moestack_gateway_weights_version", ("deployment",), "Version of the weights in force")
+GATEWAY_CONFIG_LOADED = _gauge(
+    "moestack_gateway_config_loaded",
+    ("deployment",),
+    "1 while the configuration file is in force, 0 while the newest one is refused and the one before goes on",
+)
 
 # Exported by the tuner.
 TUNER_DECISIONS = _counter(

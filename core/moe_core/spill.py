@@ -3,7 +3,8 @@
 The gateway calls `decide` for each request, and again when an upstream failed before its first token, with what was
 tried. The simulator and the tests call the same function. It spills when P(TTFT > SLO) at the revision passes the
 threshold, a target is likelier to keep the promise, and budget and share cap allow; it sheds only where a request would
-wait far past the promise, because a late answer is worth more than none.
+wait far past the promise, because a late answer is worth more than none. Where no revision has a weight, every request
+spills or is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PROBE_AFTER_S = 2.0
 """An idle revision whose estimate is older gets a request whatever the estimate says: it may have recovered."""
 REPORT_FRESH_S = 2.5
 REPORT_USELESS_S = 10.0
+NO_WEIGHT_RETRY_S = 10.0
+"""With no weight on any revision, an upgrade is under way: that takes minutes, not seconds."""
 _SIGMA_STALE = 0.5
 _KV_FULL = 0.97
 
@@ -45,6 +48,8 @@ class Reason(StrEnum):
     LATE = "late"
     """It will probably miss, and no target may take it."""
     SLO_PREDICTED = "slo_predicted"
+    NO_WEIGHT = "no_weight"
+    """No revision is to take requests: the old one drains, the new one is not there yet."""
     LOCAL_DOWN = "local_down"
     LOCAL_FAILED = "local_failed"
     LOCAL_OVERLOADED = "local_overloaded"
@@ -172,8 +177,10 @@ class Decision:
 
 def decide(context: SpillContext, state: SpillState) -> tuple[Decision, SpillState]:
     """Decide for one request, and the state that the next decision starts from."""
+    if not any(r.weight > 0 for r in context.revisions):
+        return _without_weights(context, state), state
     state = _decayed(context, state)
-    usable = tuple(r for r in context.revisions if r.weight > 0 and r.available and r.name not in context.tried)
+    usable = _usable(context)
     if not usable:
         return _without_local(context, state)
     chosen, credits = rotate(usable, dict(state.credits))
@@ -244,6 +251,23 @@ def foreign_load(running: int, waiting: int, own_running: int, own_waiting: int)
     return total - foreign_waiting, foreign_waiting
 
 
+def _usable(context: SpillContext) -> tuple[RevisionView, ...]:
+    """Revisions that may take the request. Those without a weight help out, in turn, once all with one are down."""
+    weighted = [r for r in context.revisions if r.weight > 0]
+    if not any(r.available for r in weighted):
+        weighted = [replace(r, weight=1) for r in context.revisions if r.weight == 0]
+    return tuple(r for r in weighted if r.available and r.name not in context.tried)
+
+
+def _without_weights(context: SpillContext, state: SpillState) -> Decision:
+    """Spill what may be spilled. The share cap judges the policy, not an upgrade: it neither binds nor counts here."""
+    target, blocked = _pick_target(context, state, None, capped=False)
+    if target is not None:
+        return Decision(Action.SPILL, _spill_reason(context.local_failure, Reason.NO_WEIGHT), target.name)
+    wait_s = _retry_after_s(NO_WEIGHT_RETRY_S)
+    return Decision(Action.SHED, Reason.NO_WEIGHT, blocked=blocked, retry_after_s=wait_s)
+
+
 def _without_local(context: SpillContext, state: SpillState) -> tuple[Decision, SpillState]:
     target, blocked = _pick_target(context, state, None)
     if target is not None:
@@ -255,13 +279,12 @@ def _without_local(context: SpillContext, state: SpillState) -> tuple[Decision, 
 
 
 def _pick_target(
-    context: SpillContext, state: SpillState, p_miss_local: float | None
+    context: SpillContext, state: SpillState, p_miss_local: float | None, *, capped: bool = True
 ) -> tuple[TargetView | None, Blocked | None]:
     """The first target, in the order of the resource, that may and should take the request; else why none."""
     if not context.targets:
         return None, Blocked.NO_TARGET
-    cap, weight = context.thresholds.share_cap, _weight(context)
-    if cap <= 0 or (_first_spill(context) and state.spilled + weight > cap * max(state.arrivals, weight) + 1e-6):
+    if capped and _over_share(context, state):
         return None, Blocked.SHARE_CAP
     blocked = Blocked.TARGET_DOWN
     for target in context.targets:
@@ -277,6 +300,11 @@ def _pick_target(
                 continue
         return target, None
     return None, blocked
+
+
+def _over_share(context: SpillContext, state: SpillState) -> bool:
+    cap, weight = context.thresholds.share_cap, _weight(context)
+    return cap <= 0 or (_first_spill(context) and state.spilled + weight > cap * max(state.arrivals, weight) + 1e-6)
 
 
 def _first_spill(context: SpillContext) -> bool:

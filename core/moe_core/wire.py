@@ -9,13 +9,24 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import Field, field_serializer
+from pydantic import AfterValidator, Field, field_serializer
 
 from moe_api.base import Model
 from moe_api.enums import Overflow as Overflow  # noqa: PLC0414 - exported from here
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 """A fraction of a whole: 0.05 is 5 %."""
+
+
+def _none_or_whole(percent: dict[str, int]) -> dict[str, int]:
+    total = sum(percent.values())
+    if total not in (0, 100):
+        raise ValueError(f"sums to {total}; it must be 100, or 0 where no revision is to take requests")
+    return percent
+
+
+Percent = Annotated[dict[str, Annotated[int, Field(ge=0, le=100)]], AfterValidator(_none_or_whole)]
+"""Traffic share by revision, in percent. They sum to 100, or to 0: then no request goes to a local revision."""
 
 
 class ExpertKnobs(Model):
@@ -56,11 +67,11 @@ class Knobs(Model):
 
 
 class Weights(Model):
-    """Traffic share of each revision at a gateway, in percent; they sum to 100."""
+    """Traffic share of each revision at a gateway; one that is not named has none."""
 
     deployment: str
-    version: int = Field(ge=1)
-    percent: dict[str, Annotated[int, Field(ge=0, le=100)]]
+    version: int = Field(ge=1, description="of these and of GatewayConfig.weightsVersion the higher one is in force")
+    percent: Percent
 
 
 class Signed(Model):
@@ -142,13 +153,15 @@ class ReplicaDigest(Model):
 
 
 class TargetDigest(Model):
-    """One upstream of a gateway over the last window."""
+    """One upstream of a gateway over the last window. One that left the configuration stays until it is drained."""
 
     name: str
     local: bool
-    requests: int = 0
-    failures: int = 0
-    in_flight: int = 0
+    requests: int = Field(default=0, description="attempts that ended; a request may have had others elsewhere")
+    failures: int = Field(default=0, description="attempts that failed, of `requests`")
+    met: int = Field(default=0, description="requests that ended here within the SLO of TTFT and ITL")
+    missed: int = Field(default=0, description="requests that ended here outside the SLO, or were lost here")
+    in_flight: int = Field(default=0, description="exact, now")
     usd: Decimal = Decimal(0)
 
 
@@ -159,7 +172,10 @@ class GatewayDigest(Model):
     at_s: float
     window_s: float
     knobs_version: int = 0
-    weights: dict[str, int] = Field(default_factory=dict)
+    weights: dict[str, int] = Field(default_factory=dict, description="in force")
+    weights_version: int = 0
+    config_hash: str = Field(default="", description="`config_hash` of the configuration file in force")
+    config_error: str | None = Field(default=None, description="why the newest configuration file is refused")
     arrivals: int = 0
     completed: int = 0
     failed: int = 0

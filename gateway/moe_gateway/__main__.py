@@ -20,9 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, type=Path, help="GatewayConfig as JSON")
     arguments = parser.parse_args(argv)
     try:
-        config = load(arguments.config)
-        log.configure(config.log_level)
-        return uvloop.run(run(config, _announce))
+        loaded = load(arguments.config)
+        log.configure(loaded.config.log_level)
+        return uvloop.run(run(GatewayServer(loaded.config, file=arguments.config, file_hash=loaded.hash), _announce))
     except ConfigRefused as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -10,10 +10,11 @@ from aiohttp.typedefs import Handler
 from pydantic import ValidationError
 
 from moe_api.base import Model
-from moe_core.signing import CommandInvalid, SignatureRefused, Verifier, describe
+from moe_core.signing import CommandInvalid, SignatureRefused, describe
 from moe_core.wire import Ack, Knobs, Signed, Weights
 from moe_gateway.state import Gateway
 from moe_gateway.telemetry import WINDOW_MAX_S
+from moe_gateway.weights import given, newest
 
 MAX_COMMAND_BYTES = 128 * 1024
 WINDOW_S = 10.0
@@ -33,8 +34,6 @@ class Admin:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._verifier = Verifier(gateway.config.trusted_keys)
-        self._weights: Weights | None = None
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_COMMAND_BYTES, middlewares=[_errors])
@@ -49,20 +48,22 @@ class Admin:
     async def knobs(self, request: web.Request) -> web.Response:
         knobs = await self._command(request, Knobs)
         gateway = self._gateway
-        if _is_new(knobs, gateway.knobs):
+        current = gateway.knobs
+        if current is None or _is_new(knobs.version, current.version, same=knobs == current):
             gateway.apply_knobs(knobs)
         return self._ack(knobs.version)
 
     async def weights(self, request: web.Request) -> web.Response:
         weights = await self._command(request, Weights)
-        unknown = sorted(set(weights.percent) - {upstream.name for upstream in self._gateway.revisions})
+        gateway = self._gateway
+        unknown = sorted(given(weights.percent).keys() - {upstream.name for upstream in gateway.fleet.revisions})
         if unknown:
             raise AdminError(422, f"percent.{unknown[0]}: no such revision")
-        if sum(weights.percent.values()) != 100:
-            raise AdminError(422, f"percent: sums to {sum(weights.percent.values())}; it must be 100")
-        if _is_new(weights, self._weights):
-            self._gateway.apply_weights(weights)
-            self._weights = weights
+        current = newest(gateway.config, gateway.commanded_weights)
+        if current is None or _is_new(
+            weights.version, current.version, same=given(weights.percent) == given(current.percent)
+        ):
+            gateway.apply_weights(weights)
         return self._ack(weights.version)
 
     async def digest(self, request: web.Request) -> web.Response:
@@ -92,7 +93,7 @@ class Admin:
         except ValidationError as error:
             raise AdminError(422, describe(error)) from None
         try:
-            command = self._verifier.open(envelope, kind)
+            command = self._gateway.verifier.open(envelope, kind)
         except SignatureRefused as error:
             raise AdminError(403, str(error)) from None
         except CommandInvalid as error:
@@ -105,15 +106,15 @@ class Admin:
         return _json(Ack(replica=self._gateway.name, rank=0, version=version, applied_at_s=self._gateway.clock.time()))
 
 
-def _is_new(command: C, current: C | None) -> bool:
+def _is_new(version: int, current: int, *, same: bool) -> bool:
     """Whether a command is to be applied; False for a repetition. Raises AdminError 409 for an older version, and for
-    another content under the version in force."""
-    if current is None or command.version > current.version:
+    another content under the current one."""
+    if version > current:
         return True
-    if command.version < current.version:
-        raise AdminError(409, f"version {command.version} is older than {current.version}, which is in force")
-    if command != current:
-        raise AdminError(409, f"version {command.version} is in force with another content; send a higher one")
+    if version < current:
+        raise AdminError(409, f"version {version} is older than {current}, the newest one known here")
+    if not same:
+        raise AdminError(409, f"version {version} is known here with another content; send a higher one")
     return False
 
 

@@ -34,16 +34,12 @@ class BoardPoller:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._boards = [
-            Board(revision.board_url.rstrip("/"), gateway.upstreams[revision.name])
-            for revision in gateway.config.revisions
-            if revision.board_url is not None
-        ]
+        self._boards: list[Board] = []
 
     async def run(self) -> None:
         """Poll until cancelled."""
         while True:
-            for board in self._boards:
+            for board in self.boards:
                 await self.poll(board)
             await self._gateway.clock.sleep(POLL_S)
 
@@ -68,6 +64,14 @@ class BoardPoller:
 
     @property
     def boards(self) -> list[Board]:
+        """The boards of the configuration in force. One that stays keeps what is remembered of it."""
+        gateway, known = self._gateway, {(board.url, id(board.upstream)): board for board in self._boards}
+        wanted = [
+            Board(revision.board_url.rstrip("/"), gateway.upstreams[revision.name])
+            for revision in gateway.config.revisions
+            if revision.board_url is not None
+        ]
+        self._boards = [known.get((board.url, id(board.upstream)), board) for board in wanted]
         return self._boards
 
 

@@ -137,6 +137,16 @@ class Budget:
         """Open the store and learn what is left. Raises BudgetUnavailable."""
         await self._refresh()
 
+    async def limit(self, usd: Decimal | None) -> None:
+        """Take another daily limit from now on. Where the store cannot be used, nothing is spent until it can."""
+        if usd == self._limit_usd:
+            return
+        self._limit_usd, self._day = usd, ""
+        try:
+            await self._refresh()
+        except BudgetUnavailable as error:
+            self._log.error("the budget store cannot be used; nothing is spent", error=str(error))
+
     def left_usd(self) -> Decimal | None:
         """What may still be spent today as far as known; None where nothing may."""
         if self._limit_usd is None:
@@ -192,7 +202,8 @@ class Budget:
             return
         day = utc_day(self._clock.time())
         used = await self._run(lambda store: store.used_usd(day))
-        self._day, self._left_usd = day, max(Decimal(0), limit - used)
+        if limit == self._limit_usd:  # else it was changed meanwhile, and is counted anew
+            self._day, self._left_usd = day, max(Decimal(0), limit - used)
 
     async def _run(self, work: Callable[[BudgetStore], T]) -> T:
         def call() -> T:

@@ -62,6 +62,8 @@ class Call:
     blocked: Blocked | None = None
     forecast: Forecast | None = None
     attempts: int = 0
+    lost_at: list[str] = field(default_factory=list)
+    """Upstreams that failed before its first token, so that another one was tried."""
     started: bool = False
     status: int = 0
     outcome: Outcome | None = None

@@ -54,6 +54,7 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             return
         except UpstreamFailed as error:
             faults.append(error)
+            call.lost_at.append(upstream.name)
             if upstream.local:
                 failure = Failure.OVERLOADED if error.fault is Fault.OVERLOADED else Failure.FAILED
             gateway.log.warning(

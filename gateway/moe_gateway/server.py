@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
 from aiohttp import web
@@ -18,6 +19,7 @@ from moe_gateway.admin import Admin
 from moe_gateway.app import App
 from moe_gateway.boards import BoardPoller
 from moe_gateway.budget import BudgetUnavailable
+from moe_gateway.reload import ConfigWatch
 from moe_gateway.settings import ConfigRefused
 from moe_gateway.state import Gateway
 
@@ -43,11 +45,14 @@ class _Uvicorn(uvicorn.Server):
 
 
 class GatewayServer:
-    """A running gateway. `start`, then `port` and `admin_port`; `stop` drains and closes."""
+    """A running gateway. `start`, then `port` and `admin_port`; `stop` drains and closes. Where the configuration came
+    from a file, that is followed."""
 
-    def __init__(self, config: GatewayConfig, clock: Clock | None = None) -> None:
-        self._config = config
-        self.gateway = Gateway(config, clock or SystemClock())
+    def __init__(
+        self, config: GatewayConfig, clock: Clock | None = None, *, file: Path | None = None, file_hash: str = ""
+    ) -> None:
+        self._file = file
+        self.gateway = Gateway(config, clock or SystemClock(), config_hash=file_hash)
         self._background: list[asyncio.Task[None]] = []
         self._runner: web.AppRunner | None = None
         self._uvicorn: _Uvicorn | None = None
@@ -57,7 +62,7 @@ class GatewayServer:
 
     async def start(self) -> None:
         """Bind both ports and serve. Raises ConfigRefused by field for a port or a store that is not to be had."""
-        config, gateway = self._config, self.gateway
+        gateway, config = self.gateway, self.gateway.config
         try:
             await gateway.budget.open()
         except BudgetUnavailable as error:
@@ -78,12 +83,15 @@ class GatewayServer:
             asyncio.create_task(BoardPoller(gateway).run(), name="boards"),
             asyncio.create_task(self._watch_stalls(), name="stalls"),
         ]
+        if self._file is not None:
+            watch = ConfigWatch(gateway, self._file)
+            self._background.append(asyncio.create_task(watch.run(), name="configuration"))
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Stop accepting, let requests in flight end for `drain_s`, end the rest honestly, close everything."""
         gateway = self.gateway
         gateway.draining = True
-        drain_s = self._config.limits.drain_s if drain_s is None else drain_s
+        drain_s = gateway.config.limits.drain_s if drain_s is None else drain_s
         gateway.log.info("draining", in_flight=len(gateway.calls), deadline_s=drain_s)
         if self._uvicorn is not None and self._serving is not None:
             self._uvicorn.should_exit = True
@@ -139,9 +147,8 @@ class GatewayServer:
             self.gateway.stop_stalled()
 
 
-async def run(config: GatewayConfig, announce: Callable[[GatewayServer], None]) -> int:
+async def run(server: GatewayServer, announce: Callable[[GatewayServer], None]) -> int:
     """Serve until SIGTERM or SIGINT. `announce(server)` is called once both ports answer. Returns the exit status."""
-    server = GatewayServer(config)
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from moe_core.clock import Clock
-from moe_core.config import GatewayConfig, TargetConfig
+from moe_core.config import GatewayConfig, TargetConfig, config_hash
 from moe_core.log import get_log
 from moe_core.signing import Verifier, describe
 
@@ -20,16 +21,25 @@ class ConfigRefused(Exception):
     """The configuration cannot be served; the message names the field and the remedy."""
 
 
-def load(path: Path) -> GatewayConfig:
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration as it was read, and the hash of its file."""
+
+    config: GatewayConfig
+    hash: str
+
+
+def load(path: Path) -> Loaded:
     """The configuration in a JSON file, checked. Raises ConfigRefused."""
     try:
-        config = GatewayConfig.model_validate_json(path.read_bytes())
+        document = path.read_bytes()
+        config = GatewayConfig.model_validate_json(document)
     except OSError as error:
         raise ConfigRefused(f"--config {path}: {error.strerror}; name a readable JSON file") from None
     except ValidationError as error:
         raise ConfigRefused(f"{path}: {describe(error)}") from None
     check(config)
-    return config
+    return Loaded(config, config_hash(document))
 
 
 def check(config: GatewayConfig) -> None:
@@ -43,11 +53,9 @@ def check(config: GatewayConfig) -> None:
             raise ConfigRefused(f"revisions, targets: the name {name!r} is used twice; names must differ")
         if name == "none":
             raise ConfigRefused("revisions, targets: 'none' stands for no target in metrics; take another name")
-    for name, weight in config.weights.items():
+    for name in config.weights:
         if name not in revisions:
             raise ConfigRefused(f"weights.{name}: no such revision; there are {', '.join(revisions)}")
-        if weight < 0:
-            raise ConfigRefused(f"weights.{name}: {weight} is below 0")
     for index, target in enumerate(config.targets):
         _check_target(f"targets[{index}] ({target.name})", target)
     priced = any(target.usd_per_m_input or target.usd_per_m_output for target in config.targets)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
 import aiohttp
+import orjson
 
 from moe_core import breaker as breakers
 from moe_core import http
 from moe_core.clock import Clock
-from moe_core.config import GatewayConfig
+from moe_core.config import GatewayConfig, config_hash
 from moe_core.log import get_log
+from moe_core.signing import Verifier
 from moe_core.spill import (
     Decision,
     Failure,
@@ -32,27 +35,34 @@ from moe_core.spill import (
 from moe_core.wire import GatewayDigest, Knobs, Weights
 from moe_gateway.budget import Budget, cost_usd
 from moe_gateway.call import Call, Phase, Stop
+from moe_gateway.fleet import Fleet, renew
 from moe_gateway.openai_api import ApiRequest, prompt_bound, takes
 from moe_gateway.telemetry import Telemetry
-from moe_gateway.upstream import Upstream, build
+from moe_gateway.upstream import Upstream
+from moe_gateway.weights import in_force
 
 
 class Gateway:
     """The state of one gateway process and the few rules that bind its parts."""
 
-    def __init__(self, config: GatewayConfig, clock: Clock, name: str = "gateway") -> None:
+    def __init__(self, config: GatewayConfig, clock: Clock, name: str = "gateway", config_hash: str = "") -> None:
         self.config = config
+        self.config_hash = config_hash or hash_of(config)
+        self.config_error: str | None = None
         self.clock = clock
         self.name = name
         self.log = get_log("gateway", deployment=config.deployment)
-        self.revisions, self.targets = build(config, clock)
-        self.upstreams = {upstream.name: upstream for upstream in (*self.revisions, *self.targets)}
-        self.telemetry = Telemetry(config.deployment, config.slo, self.upstreams.values(), self.log)
+        self.fleet = renew(Fleet(), config, clock)
+        self.upstreams = self.fleet.by_name
+        self.verifier = Verifier(config.trusted_keys)
+        self.telemetry = Telemetry(config.deployment, config.slo, self.fleet, self.log)
         path = None if config.state_dir is None else Path(config.state_dir) / "budget.sqlite"
         self.budget = Budget(path, config.spill.usd_per_day, clock)
         self.spill = SpillState()
         self.knobs: Knobs | None = None
-        self.weights_version = 0
+        self.commanded_weights: Weights | None = None
+        self.weights_version = -1
+        self._follow_weights()
         self.calls: dict[int, Call] = {}
         self.draining = False
         self._ids = itertools.count(1)
@@ -131,23 +141,23 @@ class Gateway:
         now_s = self.clock.monotonic()
         return SpillContext(
             now_s=now_s,
-            prompt_tokens=self.revisions[0].prompt_tokens(len(request.raw)),
+            prompt_tokens=self.fleet.revisions[0].prompt_tokens(len(request.raw)),
             ttft_slo_s=self.config.slo.ttft_p95_s,
             thresholds=self.thresholds(),
             revisions=tuple(self._revision_views(now_s)),
             targets=tuple(
                 TargetView(target.name, target.available(now_s), self.cost_bound_usd(request, target), target.estimate)
-                for target in self.targets
+                for target in self.fleet.targets
                 if target.target is not None and takes(target.target, request.endpoint)
             ),
-            budget_left_usd=self.budget.left_usd() if self.targets else None,
+            budget_left_usd=self.budget.left_usd() if self.fleet.targets else None,
             elapsed_s=now_s - call.arrived_s,
             tried=tried,
             local_failure=failure,
         )
 
     def _revision_views(self, now_s: float) -> Iterator[RevisionView]:
-        for upstream in self.revisions:
+        for upstream in self.fleet.revisions:
             waiting, tokens, running = upstream.ledger.counts(now_s)
             report = upstream.report
             if report is not None:
@@ -191,22 +201,71 @@ class Gateway:
         self.log.info("knobs applied", version=knobs.version, fallback=knobs.fallback.to_json())
 
     def apply_weights(self, weights: Weights) -> None:
-        for upstream in self.revisions:
-            upstream.weight = weights.percent.get(upstream.name, 0)
-        self.weights_version = weights.version
-        self.spill = SpillState((), self.spill.spilling, self.spill.arrivals, self.spill.spilled, self.spill.at_s)
-        self.log.info("weights applied", version=weights.version, weights=self.weights())
+        self.commanded_weights = weights
+        self._follow_weights()
+
+    def _follow_weights(self) -> None:
+        """Put the newest weights of file and command in force."""
+        before = (self.weights_version, self.weights())
+        self.weights_version, percent = in_force(self.config, self.commanded_weights)
+        for upstream in self.fleet.revisions:
+            upstream.weight = percent.get(upstream.name, 0)
+        weights = self.weights()
+        if before == (self.weights_version, weights):
+            return
+        self.telemetry.weights_version(self.weights_version)
+        # Credits are shares of the weights they were earned under.
+        self.spill = replace(self.spill, credits=(), spilling=self.spill.spilling & weights.keys())
+        self.log.info("weights in force", version=self.weights_version, weights=weights)
 
     def weights(self) -> dict[str, int]:
-        return {upstream.name: upstream.weight for upstream in self.revisions}
+        return {upstream.name: upstream.weight for upstream in self.fleet.revisions}
+
+    # Configuration
+
+    async def reconfigure(self, config: GatewayConfig, config_hash: str) -> None:
+        """Serve by another configuration from now on; requests in flight end where they are. Raises ConfigRefused for
+        a key file that cannot be read, and has then changed nothing."""
+        self.fleet = renew(self.fleet, config, self.clock)
+        self.upstreams = self.fleet.by_name
+        self.verifier = Verifier(config.trusted_keys)
+        self.config, self.config_hash = config, config_hash
+        self.telemetry.follow(self.fleet, config.slo)
+        self._follow_weights()
+        self.log.info("configuration in force", hash=config_hash)
+        await self.budget.limit(config.spill.usd_per_day)
+
+    def config_refused(self, why: str | None) -> None:
+        """Remember that the newest configuration file cannot be served, or with None that it is in force."""
+        if why is not None and why != self.config_error:
+            self.log.error("the new configuration is refused; the one before goes on", error=why)
+        if why is None and self.config_error is not None:
+            self.log.info("the configuration file is in order again", hash=self.config_hash)
+        self.config_error = why
+        self.telemetry.config_loaded(why is None)
+
+    def settle_fleet(self) -> None:
+        """Forget upstreams that have left the configuration and whose last request has ended."""
+        settled = self.fleet.settled()
+        if settled is not self.fleet:
+            self.fleet = settled
+            self.telemetry.follow(settled, self.config.slo)
 
     def digest(self, window_s: float) -> GatewayDigest:
-        return self.telemetry.digest(
+        digest = GatewayDigest(
             gateway=self.name,
-            now_s=self.clock.monotonic(),
             at_s=self.clock.time(),
             window_s=window_s,
-            version=0 if self.knobs is None else self.knobs.version,
+            knobs_version=0 if self.knobs is None else self.knobs.version,
             weights=self.weights(),
+            weights_version=self.weights_version,
+            config_hash=self.config_hash,
+            config_error=self.config_error,
             in_flight=len(self.calls),
         )
+        return self.telemetry.counted(digest, self.clock.monotonic())
+
+
+def hash_of(config: GatewayConfig) -> str:
+    """Stands for the hash of the file where the configuration came from none."""
+    return config_hash(orjson.dumps(config.to_json()))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -16,7 +17,7 @@ from moe_core.config import SloConfig
 from moe_core.log import Log
 from moe_core.wire import GatewayDigest, TargetDigest
 from moe_gateway.call import Call, Outcome
-from moe_gateway.upstream import Upstream
+from moe_gateway.fleet import Fleet
 
 WINDOW_MAX_S = 300.0
 EVENTS_MAX = 200_000
@@ -28,6 +29,7 @@ T = TypeVar("T")
 class _Finished:
     at_s: float
     target: str
+    lost_at: tuple[str, ...]
     outcome: Outcome
     spilled: bool
     ttft_s: float | None
@@ -56,11 +58,11 @@ def slo_met(call: Call, slo: SloConfig, duration_s: float) -> bool | None:
 class Telemetry:
     """Counters and windows of one gateway. `now_s` is monotonic throughout."""
 
-    def __init__(self, deployment: str, slo: SloConfig, upstreams: Iterable[Upstream], log: Log) -> None:
+    def __init__(self, deployment: str, slo: SloConfig, fleet: Fleet, log: Log) -> None:
         self._deployment = deployment
         self._slo = slo
         self._log = log
-        self._upstreams = tuple(upstreams)
+        self._fleet = Fleet()
         self.registry = registry = CollectorRegistry()
         self._requests = table.counter(table.GATEWAY_REQUESTS, registry)
         self._ttft = table.histogram(table.GATEWAY_TTFT, registry)
@@ -75,17 +77,27 @@ class Telemetry:
         self._met = table.counter(table.GATEWAY_SLO, registry)
         self._version = table.gauge(table.GATEWAY_KNOBS_VERSION, registry)
         self._version.labels(deployment).set(0)
-        for upstream in self._upstreams:
-            in_flight = self._in_flight.labels(deployment, upstream.name)
-            in_flight.set_function(lambda ledger=upstream.ledger: float(ledger.in_flight))  # type: ignore[misc]
-            if not upstream.local:
-                self._spend.labels(deployment, upstream.name)
+        self._weights_version = table.gauge(table.GATEWAY_WEIGHTS_VERSION, registry)
+        self._config_loaded = table.gauge(table.GATEWAY_CONFIG_LOADED, registry)
+        self.config_loaded(True)
+        self.follow(fleet, slo)
         for result in ("met", "missed"):
             self._met.labels(deployment, result)
         self._arrivals: deque[float] = deque(maxlen=EVENTS_MAX)
         self._finished: deque[_Finished] = deque(maxlen=EVENTS_MAX)
         self._attempts: deque[tuple[float, str, bool]] = deque(maxlen=EVENTS_MAX)
         self._money: deque[tuple[float, str, Decimal]] = deque(maxlen=EVENTS_MAX)
+
+    def follow(self, fleet: Fleet, slo: SloConfig) -> None:
+        """Count for these upstreams and judge by this SLO from now on."""
+        gone = self._fleet.names.keys() - fleet.names.keys()
+        self._fleet, self._slo = fleet, slo
+        for name in gone:
+            self._in_flight.remove(self._deployment, name)
+        for name, local in fleet.names.items():
+            self._in_flight.labels(self._deployment, name).set_function(partial(fleet.in_flight, name))
+            if not local:
+                self._spend.labels(self._deployment, name)
 
     def arrived(self, now_s: float) -> None:
         self._arrivals.append(now_s)
@@ -100,6 +112,12 @@ class Telemetry:
 
     def knobs_version(self, version: int) -> None:
         self._version.labels(self._deployment).set(version)
+
+    def weights_version(self, version: int) -> None:
+        self._weights_version.labels(self._deployment).set(version)
+
+    def config_loaded(self, loaded: bool) -> None:
+        self._config_loaded.labels(self._deployment).set(loaded)
 
     def finished(self, call: Call, now_s: float) -> None:
         """Count a request that has ended, and log it."""
@@ -117,6 +135,7 @@ class Telemetry:
             _Finished(
                 now_s,
                 target,
+                tuple(call.lost_at),
                 outcome,
                 call.spilled,
                 call.ttft_s,
@@ -167,63 +186,57 @@ class Telemetry:
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
-    def digest(
-        self,
-        *,
-        gateway: str,
-        now_s: float,
-        at_s: float,
-        window_s: float,
-        version: int,
-        weights: dict[str, int],
-        in_flight: int,
-    ) -> GatewayDigest:
-        """The last `window_s` seconds, `WINDOW_MAX_S` at most."""
-        since = now_s - window_s
+    def counted(self, digest: GatewayDigest, now_s: float) -> GatewayDigest:
+        """A digest with the counts of its window, `WINDOW_MAX_S` at most."""
+        since = now_s - digest.window_s
         done = _recent(self._finished, since, lambda item: item.at_s)
         outcomes = Tally(item.outcome for item in done)
         ttft = sorted(item.ttft_s for item in done if item.ttft_s is not None)
         itl = sorted(item.itl_s for item in done if item.itl_s is not None)
         met = [item.met for item in done if item.met is not None]
-        return GatewayDigest(
-            gateway=gateway,
-            at_s=at_s,
-            window_s=window_s,
-            knobs_version=version,
-            weights=weights,
-            arrivals=len(_recent(self._arrivals, since, lambda at: at)),
-            completed=outcomes[Outcome.OK],
-            failed=outcomes[Outcome.ERROR] + outcomes[Outcome.CUT],
-            spilled=sum(item.spilled for item in done),
-            shed=outcomes[Outcome.SHED],
-            in_flight=in_flight,
-            prompt_tokens=sum(item.prompt_tokens for item in done),
-            output_tokens=sum(item.output_tokens for item in done),
-            ttft_p50_s=_quantile(ttft, 0.5),
-            ttft_p95_s=_quantile(ttft, 0.95),
-            itl_p95_s=_quantile(itl, 0.95),
-            slo_attained=sum(met) / len(met) if met else None,
-            targets=self._targets(since),
-        )
+        counts: dict[str, object] = {
+            "arrivals": len(_recent(self._arrivals, since, lambda at: at)),
+            "completed": outcomes[Outcome.OK],
+            "failed": outcomes[Outcome.ERROR] + outcomes[Outcome.CUT],
+            "spilled": sum(item.spilled for item in done),
+            "shed": outcomes[Outcome.SHED],
+            "prompt_tokens": sum(item.prompt_tokens for item in done),
+            "output_tokens": sum(item.output_tokens for item in done),
+            "ttft_p50_s": _quantile(ttft, 0.5),
+            "ttft_p95_s": _quantile(ttft, 0.95),
+            "itl_p95_s": _quantile(itl, 0.95),
+            "slo_attained": sum(met) / len(met) if met else None,
+            "targets": self._targets(since, done),
+        }
+        return digest.model_copy(update=counts)
 
-    def _targets(self, since: float) -> tuple[TargetDigest, ...]:
+    def _targets(self, since: float, done: list[_Finished]) -> tuple[TargetDigest, ...]:
         attempts = _recent(self._attempts, since, lambda item: item[0])
         sent = Tally(name for _, name, _ in attempts)
         failed = Tally(name for _, name, bad in attempts if bad)
         usd: dict[str, Decimal] = {}
         for _, name, amount in _recent(self._money, since, lambda item: item[0]):
             usd[name] = usd.get(name, Decimal(0)) + amount
+        met = Tally(item.target for item in done if item.met)
+        missed = Tally(name for item in done for name in _missed_by(item))
         return tuple(
             TargetDigest(
-                name=upstream.name,
-                local=upstream.local,
-                requests=sent[upstream.name],
-                failures=failed[upstream.name],
-                in_flight=upstream.ledger.in_flight,
-                usd=usd.get(upstream.name, Decimal(0)),
+                name=name,
+                local=local,
+                requests=sent[name],
+                failures=failed[name],
+                met=met[name],
+                missed=missed[name],
+                in_flight=self._fleet.in_flight(name),
+                usd=usd.get(name, Decimal(0)),
             )
-            for upstream in self._upstreams
+            for name, local in self._fleet.names.items()
         )
+
+
+def _missed_by(finished: _Finished) -> set[str]:
+    """The upstreams at which a request missed the promise: where it ended late or badly, and those that lost it."""
+    return {*finished.lost_at, *([finished.target] if finished.met is False else [])}
 
 
 def _recent(events: deque[T], since_s: float, at: Callable[[T], float]) -> list[T]:

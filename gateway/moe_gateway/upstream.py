@@ -8,20 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
-from pathlib import Path
 
 import aiohttp
 
 from moe_core import breaker as breakers
 from moe_core.breaker import Breaker, BreakerMode
-from moe_core.clock import Clock
-from moe_core.config import GatewayConfig, RevisionConfig, TargetConfig
+from moe_core.config import TargetConfig
 from moe_core.latency import LatencyEstimate
 from moe_core.log import redact
 from moe_core.spill import EngineReport
 from moe_gateway.ledger import Ledger
 from moe_gateway.openai_api import ApiRequest, rewrite
-from moe_gateway.settings import OPENAI_URL, KeyFile
+from moe_gateway.settings import KeyFile
 
 OVERLOAD_STATUSES = frozenset({429, 503, 529})
 RETRY_STATUSES = frozenset({408, *OVERLOAD_STATUSES})
@@ -111,26 +109,6 @@ class Upstream:
         if body_bytes > 0 and prompt_tokens > 0:
             seen = min(1.0, max(1 / 64, prompt_tokens / body_bytes))
             self.tokens_per_byte += 0.2 * (seen - self.tokens_per_byte)
-
-
-def build(config: GatewayConfig, clock: Clock) -> tuple[list[Upstream], list[Upstream]]:
-    """(revisions, targets) of a configuration. Raises ConfigRefused for a key file that is missing or empty."""
-    revisions = [_revision(revision, config.weights.get(revision.name, 0)) for revision in config.revisions]
-    targets = [_target(index, target, clock) for index, target in enumerate(config.targets)]
-    return revisions, targets
-
-
-def _revision(revision: RevisionConfig, weight: int) -> Upstream:
-    return Upstream(revision.name, revision.url.rstrip("/"), weight=weight)
-
-
-def _target(index: int, target: TargetConfig, clock: Clock) -> Upstream:
-    key = None
-    if target.api_key_file is not None:
-        key = KeyFile(Path(target.api_key_file), f"targets[{index}] ({target.name}).apiKeyFile", clock)
-    # A closed API shows no queue: its TTFT is nearly the same for every length, and starts from a common figure.
-    prior = LatencyEstimate(base_prior_s=0.6, slope_prior_s=2e-5, itl_s=0.02)
-    return Upstream(target.name, (target.base_url or OPENAI_URL).rstrip("/"), target, key, estimate=prior)
 
 
 async def send(

@@ -55,6 +55,8 @@ class Behaviour:
     repeat: int = 1
     """Send `raw` so many times."""
     gap_s: float = 0.0
+    gate: asyncio.Event | None = None
+    """Closed until set: an answer in one piece waits before it, a stream before its last event."""
     first_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -129,6 +131,8 @@ class FakeUpstream:
             body = how.body if how.body is not None else b'{"error":{"message":"told to fail"}}'
             return web.Response(status=how.status, body=body, content_type="application/json", headers=how.headers)
         if not document.get("stream"):
+            if how.gate is not None:
+                await how.gate.wait()
             return self._whole(document, how)
         return await self._stream(request, document, how)
 
@@ -171,6 +175,8 @@ class FakeUpstream:
                 await write(how.after)
                 return response
             await asyncio.sleep(how.gap_s)
+        if how.gate is not None:
+            await how.gate.wait()
         await write(FINISH)
         if (document.get("stream_options") or {}).get("include_usage"):
             await write(usage_chunk(how.prompt_tokens, how.tokens))

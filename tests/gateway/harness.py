@@ -12,11 +12,15 @@ from typing import Any
 import aiohttp
 
 from moe_core.config import GatewayConfig
+from moe_core.signing import Signer
+from moe_core.wire import FallbackKnobs, Knobs, Weights
 from moe_gateway.server import GatewayServer
 from tests.gateway.fake_upstream import FakeUpstream
 
 MODEL = "tiny"
 KEY = "sk-test-0123456789abcdef"
+SIGNER = Signer.generate()
+KEYS = (SIGNER.public_pem(),)
 
 
 def chat(stream: bool = True, **more: Any) -> dict[str, Any]:
@@ -154,3 +158,24 @@ async def until(condition: Any, within_s: float = 5.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 (what is awaited lies in another process or library)
             await asyncio.sleep(0.01)
+
+
+def knobs(version: int, deployment: str = "default/tiny", **fallback: float) -> Knobs:
+    return Knobs(deployment=deployment, version=version, fallback=FallbackKnobs.model_validate(fallback))
+
+
+def weights(version: int, deployment: str = "default/tiny", **percent: int) -> Weights:
+    return Weights(deployment=deployment, version=version, percent=percent)
+
+
+async def send(client: Client, command: Knobs | Weights, signer: Signer = SIGNER, **changed: Any) -> Answer:
+    """Sign and send a command; `changed` fields of the envelope are put in after signing."""
+    envelope = signer.sign(command).model_copy(update=changed)
+    method, path = ("POST", "/v1/knobs") if isinstance(command, Knobs) else ("PUT", "/v1/weights")
+    return await client.admin(method, path, envelope.to_json())
+
+
+async def at(client: Client, name: str) -> dict[str, Any]:
+    """What the digest says of one upstream."""
+    (found,) = [target for target in (await client.digest())["targets"] if target["name"] == name]
+    return dict(found)

@@ -9,32 +9,16 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from moe_core import metrics as table
 from moe_core.latency import UNKNOWN
 from moe_core.signing import Signer
-from moe_core.wire import Ack, FallbackKnobs, GatewayDigest, Knobs, Signed, Weights
+from moe_core.wire import Ack, GatewayDigest, Knobs, Signed, Weights
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
-from tests.gateway.harness import Answer, Client, chat, config, running
+from tests.gateway.harness import KEYS, SIGNER, Client, at, chat, config, knobs, running, send, until, weights
 
-SIGNER = Signer.generate()
 FORGER = Signer.generate()
-KEYS = (SIGNER.public_pem(),)
-
-
-def knobs(version: int, deployment: str = "default/tiny", **fallback: float) -> Knobs:
-    return Knobs(deployment=deployment, version=version, fallback=FallbackKnobs.model_validate(fallback))
-
-
-def weights(version: int, **percent: int) -> Weights:
-    return Weights(deployment="default/tiny", version=version, percent=percent)
-
-
-async def send(client: Client, command: Knobs | Weights, signer: Signer = SIGNER, **changed: Any) -> Answer:
-    """Sign and send a command; `changed` fields of the envelope are put in after signing."""
-    envelope = signer.sign(command).model_copy(update=changed)
-    method, path = ("POST", "/v1/knobs") if isinstance(command, Knobs) else ("PUT", "/v1/weights")
-    return await client.admin(method, path, envelope.to_json())
 
 
 @pytest.fixture
@@ -68,7 +52,7 @@ async def test_good_knobs_are_acknowledged_and_repeated_ones_too(two: Two) -> No
         pytest.param(knobs(4), SIGNER, {}, 409, "older", id="older"),
         pytest.param(knobs(5, share_cap=0.9), SIGNER, {}, 409, "another content", id="same version, other content"),
         pytest.param(knobs(9, "default/other"), SIGNER, {}, 422, "deployment", id="another deployment"),
-        pytest.param(weights(9, r0=50, r1=49), SIGNER, {}, 422, "percent: sums to 99", id="weights below 100"),
+        pytest.param(weights(9, "default/other", r1=100), SIGNER, {}, 422, "deployment", id="another's weights"),
         pytest.param(weights(9, r0=50, r9=50), SIGNER, {}, 422, "percent.r9", id="unknown revision"),
         pytest.param(weights(9, r0=0, r1=100), FORGER, {}, 403, "no trusted key", id="forged weights"),
     ],
@@ -95,14 +79,100 @@ async def test_without_trusted_keys_every_command_is_refused() -> None:
         assert (await send(client, knobs(1))).status == 403
 
 
-async def test_an_invalid_document_under_a_good_signature_is_422(two: Two) -> None:
-    good = SIGNER.sign(knobs(7))
-    payload = good.payload.replace('"version":7', '"version":0')
-    private = SIGNER._private
-    signature = base64.b64encode(private.sign(f"Knobs\n{payload}".encode())).decode()
-    envelope = Signed(kind="Knobs", payload=payload, key_id=good.key_id, signature=signature)
-    answer = await two[0].admin("POST", "/v1/knobs", envelope.to_json())
-    assert (answer.status, "version" in answer.json["error"]) == (422, True)
+@pytest.mark.parametrize(
+    ("command", "old", "new", "says"),
+    [
+        pytest.param(knobs(7), '"version":7', '"version":0', "version", id="version 0"),
+        pytest.param(weights(7, r0=100), ":100", ":99", "percent: Value error, sums to 99", id="weights below 100"),
+        pytest.param(weights(7, r0=0), ":0", ":-1", "percent.r0", id="a weight below 0"),
+    ],
+)
+async def test_an_invalid_document_under_a_good_signature_is_422(
+    two: Two, command: Knobs | Weights, old: str, new: str, says: str
+) -> None:
+    good = SIGNER.sign(command)
+    payload = good.payload.replace(old, new)
+    assert payload != good.payload
+    signature = base64.b64encode(SIGNER._private.sign(f"{good.kind}\n{payload}".encode())).decode()
+    envelope = Signed(kind=good.kind, payload=payload, key_id=good.key_id, signature=signature)
+    method, path = ("POST", "/v1/knobs") if isinstance(command, Knobs) else ("PUT", "/v1/weights")
+    answer = await two[0].admin(method, path, envelope.to_json())
+    assert (answer.status, says in answer.json["error"]) == (422, True), answer.body
+    assert (await two[0].digest())["weights"] == {"r0": 100, "r1": 0}
+
+
+@pytest.mark.parametrize("total", [0, 100])
+def test_weights_sum_to_all_or_nothing(total: int) -> None:
+    assert sum(weights(1, r0=total, r1=0).percent.values()) == total
+    with pytest.raises(ValidationError, match="sums to"):
+        weights(1, r0=total + 1 if total == 0 else 99)
+
+
+async def test_without_weights_the_closed_api_carries_the_traffic_and_then_nobody_does() -> None:
+    async with FakeUpstream() as local, FakeUpstream() as api:
+        settings = config(local, api, trusted_keys=KEYS, spill={"shareCap": 0})
+        async with running(settings) as client:
+            assert (await send(client, weights(1, r0=0))).status == 200
+            answers = [await client.post(chat(), x_moestack_explain="1") for _ in range(5)]
+            assert {answer.headers["x-moestack-reason"] for answer in answers} == {"no_weight"}
+            assert (len(local.requests), len(api.requests)) == (0, 5)
+            api.behaviours = [Behaviour(status=500)]
+            assert (await client.post(chat())).status == 502
+            await api.close()
+            answer = await client.post(chat())
+            assert (answer.status, answer.error["code"], answer.headers["Retry-After"]) == (503, "unavailable", "10")
+            body = {"model": "tiny", "input": "x"}
+            assert (await client.post(body, "/v1/embeddings")).status == 503, "those never leave"
+            assert len(local.requests) == 0
+            assert (await send(client, weights(2, r0=100))).status == 200
+            assert (await client.post(chat())).status == 200
+
+
+async def test_a_revision_without_weight_drains_to_0_while_its_streams_end(two: Two) -> None:
+    client, old, new = two
+    gate = asyncio.Event()
+    old.default = Behaviour(gate=gate)
+    streams = [asyncio.create_task(client.post(chat())) for _ in range(4)]
+    whole = asyncio.create_task(client.post(chat(False)))
+    await until(lambda: len(old.requests) == 5)
+    assert (await send(client, weights(1, r1=100))).status == 200
+    for _ in range(3):
+        assert (await client.post(chat())).status == 200
+    assert (await at(client, "r0"))["inFlight"] == 5
+    gate.set()
+    for answer in await asyncio.gather(*streams, whole):
+        assert answer.status == 200
+    await until(lambda: not client.server.gateway.calls)
+    assert (len(old.requests), len(new.requests), (await at(client, "r0"))["inFlight"]) == (5, 3, 0)
+
+
+async def test_a_revision_is_judged_by_what_ended_there_and_what_it_lost() -> None:
+    """Of r0: two within the SLO, one too slow between tokens, one cut, one refused (and saved by t0), one lost before
+    its first token; a client's own error judges nobody."""
+    async with FakeUpstream() as local, FakeUpstream() as api:
+        settings = config(local, api, slo={"ttftP95S": 5.0, "itlP95S": 0.05})
+        async with running(settings) as client:
+            local.behaviours = [
+                Behaviour(),
+                Behaviour(),
+                Behaviour(gap_s=0.2),
+                Behaviour(cut_after=1),
+                Behaviour(status=429),
+                Behaviour(reset=True),
+                Behaviour(status=400),
+            ]
+            for _ in range(7):
+                await client.post(chat())
+            revision, closed = await at(client, "r0"), await at(client, "t0")
+            assert (revision["met"], revision["missed"], revision["requests"], revision["failures"]) == (2, 4, 7, 3)
+            assert (closed["met"], closed["missed"]) == (2, 0)
+
+
+async def test_an_attempt_that_ends_nowhere_is_one_miss(two: Two) -> None:
+    two[1].behaviours = [Behaviour(status=500)]
+    assert (await two[0].post(chat())).status == 502
+    revision = await at(two[0], "r0")
+    assert (revision["met"], revision["missed"]) == (0, 1)
 
 
 async def test_weights_are_kept_exactly_and_replaced_live(two: Two) -> None:

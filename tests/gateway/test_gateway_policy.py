@@ -78,6 +78,9 @@ def context(*revisions: RevisionView, **more: Any) -> SpillContext:
 QUEUED = revision(waiting_requests=20, waiting_tokens=20_000.0)
 HOPELESS = revision(waiting_requests=200, waiting_tokens=200_000.0)
 DOWN = revision(available=False)
+UNWEIGHTED = revision("idle", weight=0)
+DRAINING = revision(weight=0)
+DEAR = target(cost_usd=Decimal("0.02"))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,36 @@ DOWN = revision(available=False)
             (Action.SPILL, Reason.SLO_PREDICTED, None),
             id="others queue at the engine",
         ),
+        pytest.param(context(DRAINING), (Action.SPILL, Reason.NO_WEIGHT, None), id="no weight anywhere"),
+        pytest.param(
+            context(DRAINING, UNWEIGHTED, cap=0.0), (Action.SPILL, Reason.NO_WEIGHT, None), id="no weight, share cap 0"
+        ),
+        pytest.param(
+            context(DRAINING, targets=()), (Action.SHED, Reason.NO_WEIGHT, Blocked.NO_TARGET), id="no weight, no target"
+        ),
+        pytest.param(
+            context(DRAINING, targets=(DEAR,), budget_left_usd=Decimal("0.01")),
+            (Action.SHED, Reason.NO_WEIGHT, Blocked.BUDGET),
+            id="no weight, budget too small",
+        ),
+        pytest.param(
+            context(DRAINING, tried=frozenset({"api"})),
+            (Action.SHED, Reason.NO_WEIGHT, Blocked.TARGET_DOWN),
+            id="no weight, the target failed",
+        ),
+        pytest.param(
+            context(DOWN, UNWEIGHTED), (Action.LOCAL, Reason.WITHIN_SLO, None), id="one without weight helps out"
+        ),
+        pytest.param(
+            context(DOWN, revision("idle", weight=0, available=False)),
+            (Action.SPILL, Reason.LOCAL_DOWN, None),
+            id="both down",
+        ),
+        pytest.param(
+            context(revision(), UNWEIGHTED, tried=frozenset({"r"}), local_failure=Failure.FAILED),
+            (Action.SPILL, Reason.LOCAL_FAILED, None),
+            id="one attempt failed: not down yet",
+        ),
     ],
 )
 def test_what_is_decided(given_context: SpillContext, want: tuple[Action, Reason, Blocked | None]) -> None:
@@ -223,8 +256,34 @@ def test_nothing_is_spilled_without_the_money(before: SpillContext, state: Spill
 
 @given(contexts, states)
 def test_nothing_is_spilled_with_share_cap_0(before: SpillContext, state: SpillState) -> None:
+    """But where no revision is to take requests at all."""
     none = replace(before, thresholds=Thresholds(before.thresholds.miss_probability, 0.0))
-    assert decide(none, state)[0].action is not Action.SPILL
+    decision, _ = decide(none, state)
+    assert decision.action is not Action.SPILL or before.revisions[0].weight == 0
+
+
+@given(contexts, states, st.lists(queues, max_size=3))
+def test_without_weights_no_revision_takes_a_request(
+    before: SpillContext, state: SpillState, others: list[RevisionView]
+) -> None:
+    """And nothing of it is held against the share cap later."""
+    views = (before.revisions[0], *(replace(view, name=f"r{i}") for i, view in enumerate(others)))
+    drained = replace(before, revisions=tuple(replace(view, weight=0) for view in views))
+    decision, after = decide(drained, state)
+    assert decision.action is not Action.LOCAL
+    assert after == state
+
+
+@given(contexts, states, st.lists(queues, max_size=3))
+def test_one_without_weight_takes_a_request_only_while_all_others_are_down(
+    before: SpillContext, state: SpillState, others: list[RevisionView]
+) -> None:
+    views = (before.revisions[0], *(replace(view, name=f"r{i}") for i, view in enumerate(others)))
+    decision, _ = decide(replace(before, revisions=views), state)
+    weight = {view.name: view.weight for view in views}
+    if decision.action is Action.LOCAL and decision.target is not None and weight[decision.target] == 0:
+        assert any(weight.values())
+        assert not any(view.available for view in views if view.weight)
 
 
 @given(contexts, states)
@@ -283,6 +342,11 @@ def test_a_small_weight_is_spread_not_bunched() -> None:
 def test_a_revision_that_is_down_leaves_its_share_to_the_others() -> None:
     decisions = run(10, revision("a", weight=50, available=False), revision("b", weight=50))
     assert {decision.target for decision in decisions} == {"b"}
+
+
+def test_those_without_weight_help_out_in_turn() -> None:
+    decisions = run(10, DOWN, revision("a", weight=0), revision("b", weight=0))
+    assert Counter(decision.target for decision in decisions) == {"a": 5, "b": 5}
 
 
 def test_coming_back_takes_more_than_going() -> None:

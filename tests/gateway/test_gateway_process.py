@@ -18,7 +18,8 @@ import aiohttp
 import pytest
 
 from moe_core.clock import FakeClock
-from moe_core.config import GatewayConfig
+from moe_core.config import GatewayConfig, config_hash
+from moe_core.wire import GatewayDigest
 from moe_gateway.__main__ import main
 from moe_gateway.settings import ConfigRefused, KeyFile, check
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
@@ -69,10 +70,14 @@ async def spawn(file: Path) -> asyncio.subprocess.Process:
     )
 
 
-@asynccontextmanager
-async def started(settings: GatewayConfig, folder: Path) -> AsyncIterator[Process]:
+def written(folder: Path, settings: GatewayConfig) -> Path:
     file = folder / "gateway.json"
     file.write_text(json.dumps(settings.to_json()))
+    return file
+
+
+@asynccontextmanager
+async def started(file: Path) -> AsyncIterator[Process]:
     process = await spawn(file)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -98,7 +103,7 @@ async def test_sigterm_lets_streams_end_and_takes_no_more(tmp_path: Path) -> Non
     slow = Behaviour(tokens=20, gap_s=0.1)
     async with (
         FakeUpstream(slow) as local,
-        started(config(local), tmp_path) as gateway,
+        started(written(tmp_path, config(local))) as gateway,
         aiohttp.ClientSession() as session,
     ):
         streams = [asyncio.create_task(_stream(session, gateway.url)) for _ in range(10)]
@@ -117,7 +122,7 @@ async def test_sigterm_lets_streams_end_and_takes_no_more(tmp_path: Path) -> Non
 async def test_after_the_deadline_streams_end_honestly(tmp_path: Path) -> None:
     async with (
         FakeUpstream(Behaviour(tokens=10_000, gap_s=0.05)) as local,
-        started(config(local, limits={"drainS": 0.5}), tmp_path) as gateway,
+        started(written(tmp_path, config(local, limits={"drainS": 0.5}))) as gateway,
         aiohttp.ClientSession() as session,
     ):
         streams = [asyncio.create_task(_stream(session, gateway.url)) for _ in range(5)]
@@ -137,6 +142,42 @@ async def test_after_the_deadline_streams_end_honestly(tmp_path: Path) -> None:
         assert [line["outcome"] for line in gateway.lines if line["msg"] == "request"].count("cut") == 5
 
 
+async def test_a_mounted_configuration_is_followed_through_the_swap_of_its_link(tmp_path: Path) -> None:
+    """As kubelet does it: the file is a link into `..data`, which is a link that is replaced."""
+
+    def mount(version: str, settings: GatewayConfig) -> str:
+        folder = tmp_path / version
+        folder.mkdir()
+        (folder / "gateway.json").write_text(json.dumps(settings.to_json()))
+        (tmp_path / "..new").symlink_to(version)
+        (tmp_path / "..new").rename(tmp_path / "..data")
+        return config_hash((folder / "gateway.json").read_bytes())
+
+    async with FakeUpstream(Behaviour(tokens=30, gap_s=0.1)) as old, FakeUpstream() as new:
+        first = mount("..v1", config([old, new]))
+        (tmp_path / "gateway.json").symlink_to("..data/gateway.json")
+        async with (
+            started(tmp_path / "gateway.json") as gateway,
+            aiohttp.ClientSession() as session,
+        ):
+
+            async def digest() -> GatewayDigest:
+                async with session.get(f"http://127.0.0.1:{gateway.admin_port}/v1/digest") as response:
+                    return GatewayDigest.model_validate_json(await response.read())
+
+            assert (await digest()).config_hash == first
+            stream = asyncio.create_task(_stream(session, gateway.url))
+            await until(lambda: len(old.requests) == 1)
+            second = mount("..v2", config([old, new], weights={"r1": 100}, weightsVersion=2))
+            await until(lambda: any(line.get("hash") == second for line in gateway.lines))
+            after = await digest()
+            assert (after.config_hash, after.weights_version, after.weights["r1"]) == (second, 2, 100)
+            assert (await _stream(session, gateway.url)).status == 200
+            assert len(new.requests) == 1
+            assert (await stream).events[-1] == "[DONE]"
+            assert await gateway.terminate() == 0
+
+
 async def _stream(session: aiohttp.ClientSession, url: str) -> Answer:
     async with session.post(url, json=chat()) as response:
         return await read(response)
@@ -153,7 +194,7 @@ async def test_no_key_and_no_prompt_in_logs_metrics_or_errors(tmp_path: Path) ->
     async with FakeUpstream() as local, FakeUpstream() as target:
         await local.close()
         settings = config(local, target, key_file=key_file)
-        async with started(settings, tmp_path) as gateway, aiohttp.ClientSession() as session:
+        async with started(written(tmp_path, settings)) as gateway, aiohttp.ClientSession() as session:
             for status in (200, 400, 401, 422, 429, 500):
                 target.behaviours = [Behaviour(status=status, body=None if status == 200 else leak)]
                 for stream in (True, False):
