@@ -1,0 +1,147 @@
+"""The catalog against what others published, and what a wrong entry is told."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+
+from moe_planner import kv, weights
+from moe_planner.catalog import FILES, UNSOURCED, CatalogInvalid, packaged, parse
+from moe_planner.weights import Layout
+
+GIB, GB = 2**30, 10**9
+FOLDER = resources.files("moe_planner") / "data"
+TEXTS = {name: (FOLDER / name).read_text(encoding="utf-8") for name in FILES}
+ROUNDED = {"deepseek-v4-pro", "deepseek-v4-pro-base"}
+"""Published as "1.6T": rounded to more than one per cent."""
+WITH_VISION = {"llama-4-scout", "llama-4-maverick"}
+"""The published total counts the vision tower too."""
+WITH_SPECULATION = {"glm-4.5", "glm-4.6"}
+"""The published total counts layers that only speculate."""
+
+
+@pytest.mark.parametrize("key", sorted(packaged().models))
+def test_parameters_reproduce_the_published_total(key: str) -> None:
+    facts = packaged().models[key]
+    error = abs(weights.total_params(facts) / 1e9 / facts.total_params_b - 1)
+    assert error < (0.02 if key in ROUNDED | WITH_VISION | WITH_SPECULATION else 0.007)
+
+
+@pytest.mark.parametrize("key", sorted(key for key, facts in packaged().models.items() if facts.checkpoint_gb))
+def test_bytes_reproduce_the_published_checkpoint(key: str) -> None:
+    """The checkpoints hold one more layer, which only speculates: 1.6 to 2.4 % of them."""
+    facts = packaged().models[key]
+    size = weights.total_bytes(facts, packaged().precisions[facts.native]) / GB
+    assert facts.checkpoint_gb is not None
+    assert 0.97 < size / facts.checkpoint_gb < 1.0
+
+
+def test_cache_of_v4_reproduces_the_engines_figure() -> None:
+    """vLLM's account of DeepSeek V4: 9.62 GiB for a sequence of 1M tokens in bfloat16."""
+    facts = packaged().models["deepseek-v4-pro"]
+    size = kv.sequence_bytes(facts, 1_048_576, Layout(1), fp8=False)
+    assert size / GIB == pytest.approx(9.62, abs=0.03)
+
+
+CACHE: dict[str, tuple[str, int, Layout, bool, float]] = {
+    "GQA: two of 4 heads of 128 in 94 layers": ("qwen3-235b-a22b", 1000, Layout(1), False, 94 * 2 * 4 * 128 * 2 * 1000),
+    "its heads divide": ("qwen3-235b-a22b", 1000, Layout(4), False, 94 * 2 * 128 * 2 * 1000),
+    "and then repeat": ("qwen3-235b-a22b", 1000, Layout(8), False, 94 * 2 * 128 * 2 * 1000),
+    "MLA: one latent of 576, which tensor ranks repeat": ("deepseek-v3", 1000, Layout(8), False, 61 * 576 * 2 * 1000),
+    "half of it in FP8": ("deepseek-v3", 1000, Layout(1), True, 61 * 576 * 1000),
+    "sparse MLA in FP8: scales, and an indexer": ("deepseek-v3.2", 1000, Layout(1), True, 61 * (656 + 132) * 1000),
+    "a window of 128 in half of the layers": (
+        "gpt-oss-120b", 1000, Layout(1), False, 18 * 2 * 8 * 64 * 2 * (1000 + 128)),
+    "chunks of 8192 in three of four layers": (
+        "llama-4-scout", 100_000, Layout(1), False, 2 * 8 * 128 * 2 * (12 * 100_000 + 36 * 8192)),
+    "stages share layers out, 16 of 61 on the fullest": (
+        "deepseek-v3", 1000, Layout(1, pipeline=4), False, 16 * 576 * 2 * 1000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CACHE)
+def test_cache_by_kind_of_attention(name: str) -> None:
+    key, tokens, layout, fp8, wanted = CACHE[name]
+    assert kv.sequence_bytes(packaged().models[key], tokens, layout, fp8=fp8) == pytest.approx(wanted)
+
+
+def test_a_recurrent_state_does_not_grow() -> None:
+    facts = packaged().models["qwen3-next-80b-a3b"]
+    one, ten = (kv.sequence_bytes(facts, tokens, Layout(1), fp8=False) for tokens in (1, 10))
+    each = 12 * 2 * 2 * 256 * 2
+    assert ten - one == pytest.approx(9 * each)
+    assert one - each == pytest.approx(36 * (32 * 128 * 128 + 8192 * 4) * 2)
+
+
+@pytest.mark.parametrize("key", ["deepseek-v4-pro", "gpt-oss-120b", "qwen3-next-80b-a3b", "deepseek-v3"])
+def test_longest_is_the_inverse_of_the_size(key: str) -> None:
+    facts, at = packaged().models[key], Layout(2)
+    room = kv.sequence_bytes(facts, 20_000, at, fp8=True, in_flight=512)
+    found = kv.longest(facts, room, at, fp8=True, in_flight=512, most=facts.max_context)
+    assert found >= 20_000
+    assert kv.sequence_bytes(facts, found + 1, at, fp8=True, in_flight=512) > room
+
+
+NAMES: dict[str, tuple[str, tuple[str, str] | None]] = {
+    "a vendor's own": ("deepseek-ai/DeepSeek-R1-0528", ("deepseek-v3", "fp8")),
+    "in any case": ("mirror/deepseek-r1", ("deepseek-v3", "fp8")),
+    "made smaller by others": ("nvidia/DeepSeek-R1-NVFP4", ("deepseek-v3", "nvfp4")),
+    "the longer suffix wins": ("org/Mixtral-8x7B-v0.1-GPTQ-Int4", ("mixtral-8x7b", "gptq")),
+    "made larger": ("unsloth/gpt-oss-20b-BF16", ("gpt-oss-20b", "bf16")),
+    "a longer context under its own entry": ("Qwen/Qwen3-235B-A22B-Instruct-2507", ("qwen3-235b-a22b-2507", "bf16")),
+    "a file address": ("s3://models/Mixtral-8x22B-v0.1-AWQ/", ("mixtral-8x22b", "awq")),
+    "unknown": ("org/other", None),
+    "a suffix alone": ("org/-fp8", None),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name: str) -> None:
+    repository, wanted = NAMES[name]
+    found = packaged().model(repository)
+    assert (found and (found[0].key, found[1].name)) == wanted
+
+
+def test_every_figure_has_a_source_and_a_day_or_is_marked() -> None:
+    catalog = packaged()
+    entries = [*catalog.models.values(), *catalog.accelerators.values(), catalog.engine]
+    figures = [figure for entry in entries for figure in entry.figures.values()]
+    figures += [precision.figure for precision in catalog.precisions.values()]
+    assert len(figures) > 500
+    assert [figure for figure in figures if not figure.sourced and figure.date] == []
+    assert [figure for figure in figures if figure.sourced and not figure.date] == []
+    assert 0 < sum(figure.source == UNSOURCED for figure in figures) < 0.05 * len(figures)
+
+
+def test_the_version_follows_the_figures() -> None:
+    changed = {**TEXTS, "accelerators.toml": TEXTS["accelerators.toml"].replace("81559", "81560")}
+    assert parse(TEXTS).version == packaged().version
+    assert parse(changed).version != packaged().version
+
+
+BROKEN: dict[str, tuple[str, str, str, str]] = {
+    "a missing figure": ("models.toml", "layers = 32\n", "", "mixtral-8x7b.layers: is missing"),
+    "an unknown figure": ("models.toml", "layers = 32\n", "layers = 32\nlayres = 1\n", "layres: is not known"),
+    "a negative figure": ("models.toml", "layers = 32\n", "layers = -32\n", "layers: must not be negative"),
+    "an unknown form": ("models.toml", 'native = "bf16"', 'native = "bf17"', "native: bf17 is none of"),
+    "no source": ("models.toml", 'source = "unsourced"\n', "", "has no source"),
+    "no day": ("models.toml", 'date = "2026-11-23"\n', "", "has no date"),
+    "a name twice": ("models.toml", '"Mixtral-8x22B-v0.1"', '"mixtral-8x7b-V0.1"', "is a name of mixtral-8x7b already"),
+    "like nothing": ("models.toml", 'like = "deepseek-v4-pro"', 'like = "deepseek-v5"', "deepseek-v5 is no other"),
+    "a wrong cache": ("models.toml", "fp8_bytes = 656", "fp9_bytes = 656", "fp9_bytes"),
+    "no memory": ("accelerators.toml", "memory_mib = 81559\n", "", "neither memory_mib nor memory_gb"),
+    "memory of nothing": ("accelerators.toml", "memory_mib = 81559", "memory_mib = 0", "must be above zero"),
+    "a form without bits": ("engine.toml", "linear = 16.0\n", "", "precisions.bf16.linear: is missing"),
+    "no default": ("engine.toml", "[memory.utilization]", "[memory.utilisation]", "memory.utilization: is missing"),
+    "no TOML": ("engine.toml", "[memory.utilization]", "[memory.utilization", "engine.toml: is no TOML"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_catalog_names_the_figure(name: str) -> None:
+    file, old, new, words = BROKEN[name]
+    assert old in TEXTS[file]
+    with pytest.raises(CatalogInvalid) as caught:
+        parse({**TEXTS, file: TEXTS[file].replace(old, new, 1)})
+    assert words in str(caught.value)
