@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -20,16 +22,52 @@ class HttpError(Exception):
 
 
 def session(
-    *, connect_s: float = 2.0, read_s: float | None = 30.0, total_s: float | None = None, limit: int = 0
+    *,
+    connect_s: float = 2.0,
+    read_s: float | None = 30.0,
+    total_s: float | None = None,
+    limit: int = 0,
+    dead_peer_s: int | None = None,
 ) -> aiohttp.ClientSession:
-    """A session with limits on connecting and on the wait between two reads; `limit` 0 is no limit on connections."""
+    """A session with limits on connecting and on the wait between two reads; `limit` 0 is no limit on connections.
+
+    With `dead_peer_s` the kernel ends a connection whose peer has answered nothing for that long, neither data nor
+    probes of an idle connection: for streams that may rightly be silent.
+    """
     timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=connect_s, sock_read=read_s)
     # Servers commonly close idle connections after 5 s; a POST sent into that closing would be lost, and not retried.
-    connector = aiohttp.TCPConnector(limit=limit, ttl_dns_cache=30, keepalive_timeout=4.0)
+    connector = aiohttp.TCPConnector(
+        limit=limit,
+        ttl_dns_cache=30,
+        keepalive_timeout=4.0,
+        socket_factory=_probing(dead_peer_s) if dead_peer_s is not None else None,
+    )
     # No cookie of one answer may travel with a request of somebody else.
     return aiohttp.ClientSession(
         timeout=timeout, connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
     )
+
+
+def _probing(dead_peer_s: int) -> Callable[[Any], socket.socket]:
+    """Sockets that probe an idle peer four times within the limit. What a system does not offer is left out."""
+    step_s = max(1, dead_peer_s // 4)
+    options = {
+        "TCP_KEEPIDLE": step_s,
+        "TCP_KEEPINTVL": step_s,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": dead_peer_s * 1000,
+    }
+
+    def make(address: Any) -> socket.socket:
+        family, kind, protocol = address[:3]
+        sock = socket.socket(family=family, type=kind, proto=protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        return sock
+
+    return make
 
 
 async def call_json(

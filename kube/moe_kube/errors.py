@@ -56,6 +56,10 @@ class Fenced(ApiError):
     """Not sent: the lease that allows writes is no longer held."""
 
 
+class Stale(ApiError):
+    """The server answered with a state older than one that was already seen: ask again."""
+
+
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: Invalid,
     401: Forbidden,
