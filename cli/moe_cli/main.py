@@ -1,6 +1,6 @@
-"""moectl: serve a MoEDeployment on this machine, look at it, load it, check files.
+"""moectl: serve a MoEDeployment on this machine, look at it, load it, check and compare files.
 
-Exit codes: 0 ok, 2 bad input, 3 could not start, 4 a part crashed, 130 interrupted.
+Exit codes: 0 ok, 1 a diff with changes, 2 bad input, 3 could not start, 4 a part crashed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -159,6 +159,21 @@ def validate(
     from moe_cli.files import check
 
     _end(check(files, Say(), show=show))
+
+
+@app.command()
+def diff(
+    file: File,
+    against: Annotated[Path, typer.Option(help="The MoEDeployment that is there now (YAML).")],
+    as_json: Annotated[bool, typer.Option("--json", help="The report as one JSON document.")] = False,
+) -> None:
+    """What applying a file would change: disruption class, traffic, GPUs that must be free, and whether it fits.
+
+    Ends with 0 where nothing would change, 1 where something would, above 1 on an error.
+    """
+    from moe_cli.diff_run import run as compare
+
+    _end(compare(file, against, Say(), as_json=as_json))
 
 
 @app.command()

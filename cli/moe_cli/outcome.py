@@ -11,6 +11,7 @@ class Exit(IntEnum):
     """Exit codes of moectl, the same for every command."""
 
     OK = 0
+    CHANGED = 1  # `diff` found something, as kubectl and diff have it
     BAD_INPUT = 2  # a file or an option is wrong; nothing was started
     COULD_NOT_START = 3  # the machine refused: a port in use, a program missing, an engine that cannot load the model
     CRASHED = 4  # a part of a running stack died; everything else was stopped
