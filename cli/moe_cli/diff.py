@@ -44,7 +44,7 @@ class DiffReport(Model):
     """What applying a file would do."""
 
     deployment: str = Field(description="namespace/name")
-    creates: bool = Field(default=False, description="there is no such object yet")
+    against: str = Field(description="namespace/name of what is there; empty where nothing is")
     changes: tuple[FieldChange, ...] = ()
     worst: Disruption | None = Field(default=None, description="costliest class; absent where the spec stays")
     meaning: str = Field(description="what happens to traffic, and which GPUs it takes")
@@ -52,6 +52,11 @@ class DiffReport(Model):
     replicas: int = Field(default=0, description="replicas now")
     gpus_needed_free: int = Field(default=0, description="GPUs that must be free beyond those that run it now")
     fit: FitReport
+
+    @property
+    def creates(self) -> bool:
+        """There is no such object yet."""
+        return not self.against
 
     @property
     def changed(self) -> bool:
@@ -65,7 +70,7 @@ def report(old: MoEDeployment | None, new: MoEDeployment) -> DiffReport:
     verdict = check(new.spec)
     return DiffReport(
         deployment=new.key,
-        creates=old is None,
+        against="" if old is None else old.key,
         changes=tuple(_told(change) for change in found),
         worst=worst(found),
         meaning=meant.text,
@@ -87,7 +92,8 @@ def lines(diff: DiffReport) -> list[str]:
     head = (
         "would be created" if diff.creates else f"{count} change{'' if count == 1 else 's'}" if count else "no change"
     )
-    said = [f"{diff.deployment}: {head}", *(f"  {change.text}" for change in diff.changes)]
+    other = f" (against another object, {diff.against})" if diff.against not in ("", diff.deployment) else ""
+    said = [f"{diff.deployment}: {head}{other}", *(f"  {change.text}" for change in diff.changes)]
     if diff.changed:
         said.append(f"{diff.worst or 'new'}: {diff.meaning}")
     said.append(f"{_FIT_WORDS[diff.fit.status]} ({diff.fit.reason}): {diff.fit.message}")

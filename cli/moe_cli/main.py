@@ -164,16 +164,30 @@ def validate(
 @app.command()
 def diff(
     file: File,
-    against: Annotated[Path, typer.Option(help="The MoEDeployment that is there now (YAML).")],
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with this file.", show_default="the object in the cluster")
+    ] = None,
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Namespace.", show_default="the file's, or default")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Context of the kubeconfig.", show_default="its current one")
+    ] = None,
+    kubeconfig: Annotated[
+        Path | None, typer.Option(help="Path of the kubeconfig.", show_default="$KUBECONFIG, or ~/.kube/config")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as one JSON document.")] = False,
 ) -> None:
     """What applying a file would change: disruption class, traffic, GPUs that must be free, and whether it fits.
 
     Ends with 0 where nothing would change, 1 where something would, above 1 on an error.
     """
+    from moe_cli.cluster import Access
+    from moe_cli.diff_run import DiffOptions
     from moe_cli.diff_run import run as compare
 
-    _end(compare(file, against, Say(), as_json=as_json))
+    options = DiffOptions(file, against, namespace, Access(kubeconfig, context), as_json)
+    _end(asyncio.run(compare(options, Say())))
 
 
 @app.command()

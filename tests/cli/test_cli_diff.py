@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from moe_api.load import load_object
 from moe_api.v1alpha1 import MoEDeployment
 from moe_cli.diff import DiffReport, lines, report
 from moe_cli.main import main
+from tests.kube.api_server import Handler, answer, stand_in, status
 
 HOT, ROLLING, REVISION = Disruption.HOT, Disruption.ROLLING, Disruption.REVISION
 GPT = {"name": "gpt", "provider": "openai", "model": "gpt-5.5", "secretRef": {"name": "openai", "key": "apiKey"}}
@@ -61,7 +63,10 @@ CASES: dict[str, Row] = {
     "more replicas": (
         {"running": 2}, {"replicas": {"min": 5}}, HOT, 12, False, ("12 nvidia-h100 GPUs (3 × 4) more must be free",),
     ),
-    "fewer replicas": ({"replicas": {"min": 4, "max": 4}, "running": 4}, {"replicas": {"min": 1, "max": 4}}, HOT, 0, False, ("no request notices",)),
+    "fewer replicas": (
+        {"running": 4, "replicas": {"min": 4}}, {"replicas": {"min": 1, "max": 4}}, HOT, 0, False,
+        ("no request notices",),
+    ),
     "an engine argument, one replica": (
         {"running": 1}, SEED, ROLLING, 0, True, ("an outage: the only replica stops", "503: no closed API"),
     ),
@@ -248,3 +253,85 @@ def test_the_report_for_programs(moectl: Moectl, tmp_path: Path) -> None:
     assert (found["worst"], found["outage"], found["gpusNeededFree"]) == ("revision", False, 4)
     assert found["fit"]["status"] == "True"
     assert found["fit"]["plan"]["tensor"] == 4
+
+
+def test_another_object_is_called_one(moectl: Moectl, tmp_path: Path) -> None:
+    old = write(tmp_path / "old.yaml", metadata={"name": "other"})
+    code, out, _ = moectl("diff", write(tmp_path / "new.yaml"), "--against", old)
+    assert (code, out.splitlines()[0]) == (0, "chat/qwen3: no change (against another object, chat/other)")
+
+
+def kubeconfig(folder: Path, url: str) -> Path:
+    path = folder / "kubeconfig"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "current-context": "one",
+                "contexts": [{"name": "one", "context": {"cluster": "c", "user": "u"}}],
+                "clusters": [{"name": "c", "cluster": {"server": url}}],
+                "users": [{"name": "u", "user": {"token": "a-token-of-a-person"}}],
+            }
+        )
+    )
+    return path
+
+
+PATH = "/apis/moestack.dev/v1alpha1/namespaces/{}/moedeployments/qwen3"
+LIVE = document(3, metadata={"uid": "u-1", "resourceVersion": "7", "managedFields": [{"manager": "kubectl"}]})
+# name: (what the API server answers, exit code, words on standard output, words on standard error)
+ANSWERS: dict[str, tuple[Handler, int, str, str]] = {
+    "the object": (answer(LIVE), 1, "12 nvidia-h100 GPUs (3 × 4) must be free", ""),
+    "none yet": (status(404, "not found", reason="NotFound", name="qwen3"), 1, "chat/qwen3: would be created", ""),
+    "no such kind": (answer("404 page not found", 404), 3, "", "install the chart"),
+    "no right": (status(403, "u cannot get moedeployments", reason="Forbidden"), 3, "", "ask for the right"),
+    "a broken server": (status(500, "etcd is gone"), 3, "", "etcd is gone"),
+    "an object of another version": (
+        answer({**LIVE, "spec": {**LIVE["spec"], "later": 1}}), 2, "", "update moectl",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_what_is_in_the_cluster(name: str, moectl: Moectl, tmp_path: Path) -> None:
+    handler, wanted, said, complained = ANSWERS[name]
+    file = write(tmp_path / "new.yaml", **LONGER, replicas={"min": 1, "max": 3})
+    async with stand_in() as server:
+        server.answers = [handler]
+        code, out, err = await asyncio.to_thread(
+            moectl, "diff", file, "--kubeconfig", kubeconfig(tmp_path, server.url), "--context", "one"
+        )
+    assert code == wanted, err
+    assert (said in out, complained in err) == (True, True), out + err
+    assert [(asked.method, asked.path) for asked in server.asked] == [("GET", PATH.format("chat"))]
+    assert "a-token-of-a-person" not in out + err
+
+
+async def test_a_namespace_for_a_file_without_one(moectl: Moectl, tmp_path: Path) -> None:
+    plain = document()
+    del plain["metadata"]["namespace"]
+    file = tmp_path / "new.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    async with stand_in() as server:
+        server.answers = [status(404, "not found", reason="NotFound", name="qwen3")]
+        config = kubeconfig(tmp_path, server.url)
+        code, out, _ = await asyncio.to_thread(moectl, "diff", file, "--kubeconfig", config, "-n", "team")
+    assert (code, out.splitlines()[0]) == (1, "team/qwen3: would be created")
+    assert server.asked[0].path == PATH.format("team")
+
+
+REFUSED: dict[str, tuple[list[str], int, str]] = {
+    "a namespace that is not the file's": (["--namespace", "other"], 2, "--namespace: other is not the namespace"),
+    "two sources": (["--against", "old.yaml", "--context", "one"], 2, "no cluster is asked"),
+    "no kubeconfig": (["--kubeconfig", "none"], 2, "no kubeconfig at none"),
+    "nobody listens": (["--kubeconfig", "kubeconfig"], 3, "the API server does not answer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str, moectl: Moectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, wanted, complaint = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    kubeconfig(tmp_path, "http://127.0.0.1:1")
+    code, out, err = moectl("diff", write(tmp_path / "new.yaml"), *words)
+    assert (code, out) == (wanted, "")
+    assert complaint in err
