@@ -122,9 +122,9 @@ class Accelerator:
     figures: Mapping[str, Figure] = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Precision:
-    """A form of weights: bits of a weight by part, scales included."""
+    """A form of weights: bits of a weight by part, scales included. Equal only to itself."""
 
     name: str
     experts: float

@@ -197,8 +197,8 @@ def _agreed(ask: Ask, found: Choice, plan: Plan) -> str:
     text = (
         f"{ask.model.key} in {ask.precision.name} on {plan.layout.gpus} × {ask.accelerator.name} ({plan.layout}): each"
         f" GPU has {_gib(room.total)}, {_gib(room.weights + room.redundant)} for weights,"
-        f" {_gib(room.activations + room.overhead)} for work, {_gib(room.cache)} for KV cache: {plan.cache_tokens:,}"
-        f" tokens in sequences of {plan.max_model_len:,}."
+        f" {_gib(room.activations + room.overhead)} of working memory, {_gib(room.cache)} for KV cache:"
+        f" {plan.cache_tokens:,} tokens in sequences of {plan.max_model_len:,}."
     )
     if found.capped:
         text += (
@@ -215,8 +215,8 @@ def _refusal(spec: MoEDeploymentSpec, ask: Ask, found: Choice, catalog: Catalog)
     held = "weights" + (f" with {ask.redundant} redundant experts" if ask.redundant else "")
     text = (
         f"{ask.model.key} in {ask.precision.name} needs {_gib((room.weights + room.redundant) * gpus)} for {held},"
-        f" {_gib((room.activations + room.overhead) * gpus)} for work and {_gib(one * gpus)} for the KV cache of one"
-        f" sequence of {found.context:,} tokens{' on each data rank' if layout.data > 1 else ''}; {gpus} ×"
+        f" {_gib((room.activations + room.overhead) * gpus)} of working memory and {_gib(one * gpus)} for the KV cache"
+        f" of one sequence of {found.context:,} tokens{' on each data rank' if layout.data > 1 else ''}; {gpus} ×"
         f" {ask.accelerator.name} have {_gib(room.total * gpus)}, {_gib(room.usable * gpus)} of it usable:"
         f" {_gib(found.missing)} a GPU too little ({layout})."
     )

@@ -45,7 +45,7 @@ class Memory:
 def place(ask: Ask, layout: Layout, batched_tokens: int, engine: EngineFacts) -> Memory:
     """The memory table for a layout and a step of `batched_tokens`."""
     total = ask.accelerator.memory_bytes
-    usable = total * (ask.utilization or engine.utilization)
+    usable = total * min(1.0, ask.utilization or engine.utilization)
     weights = max(0.0, gpu_bytes(ask.model, ask.precision, layout) - ask.offload_bytes)
     spare = redundant_bytes(ask.model, ask.precision, layout, ask.redundant)
     used = activation_bytes(

@@ -137,6 +137,7 @@ def total_bytes(model: ModelFacts, precision: Precision) -> float:
     return sum(part.params * precision.bits(part.form) / 8 for part in parts(model))
 
 
+@lru_cache(maxsize=4096)
 def gpu_bytes(model: ModelFacts, precision: Precision, layout: Layout) -> float:
     """Bytes of weights on the fullest GPU, without redundant experts."""
     stage = ceil(model.layers / layout.pipeline) / model.layers

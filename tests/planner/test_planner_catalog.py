@@ -37,6 +37,21 @@ def test_bytes_reproduce_the_published_checkpoint(key: str) -> None:
     assert 0.97 < size / facts.checkpoint_gb < 1.0
 
 
+MADE_SMALLER: dict[str, tuple[str, str, float]] = {
+    "R1 in NVFP4, by TensorRT-LLM's blog03": ("deepseek-v3", "nvfp4", 400),
+    "V4-Pro in NVFP4, by vllm-project/recipes PR 779": ("deepseek-v4-pro", "nvfp4", 913),
+    "Qwen3-235B in BF16, by two bytes a weight": ("qwen3-235b-a22b", "bf16", 470),
+    "Mixtral 8x7B in 4 bits, before scales and cache 23.4": ("mixtral-8x7b", "awq", 24.3 + 0.4),
+}
+
+
+@pytest.mark.parametrize("name", MADE_SMALLER)
+def test_bytes_in_other_forms(name: str) -> None:
+    key, form, wanted_gb = MADE_SMALLER[name]
+    size = weights.total_bytes(packaged().models[key], packaged().precisions[form])
+    assert size / GB == pytest.approx(wanted_gb, rel=0.02)
+
+
 def test_cache_of_v4_reproduces_the_engines_figure() -> None:
     """vLLM's account of DeepSeek V4: 9.62 GiB for a sequence of 1M tokens in bfloat16."""
     facts = packaged().models["deepseek-v4-pro"]
