@@ -43,7 +43,6 @@ unit: setup ## tests that need no engine and no control plane
 	.venv/bin/pytest -m "not cluster and not engine and not full"
 
 control-plane: ## build the Kubernetes that `make cluster` runs: once, minutes; KUBEBUILDER_ASSETS skips it
-	@tools/system-packages etcd
 	@$(PYTHON) tools/controlplane/build.py
 
 cluster: setup control-plane ## tests on a real Kubernetes control plane and the real KubeRay

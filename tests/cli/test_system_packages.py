@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "system-packages"
 APT = """#!/bin/sh
 echo "$DEBIAN_FRONTEND apt-get $*" >> {log}
 [ -e /usr/sbin/policy-rc.d ] && echo policy >> {log}
-case "$1" in install) ln -sf "$(command -v true)" {folder}/prometheus;; esac
+case "$1" in install) ln -s "$(command -v true)" {folder}/prometheus;; esac
 """
 
 
@@ -29,10 +29,8 @@ def machine(folder: Path, **programs: str) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SCRIPT, *arguments], env={"PATH": str(folder), **env}, capture_output=True, text=True, check=False
-    )
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SCRIPT], env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
 
 
 def user(number: int) -> str:
@@ -80,27 +78,3 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     found = run(here)
     assert found.returncode == 1
     assert "not installed: g++." in found.stderr
-
-
-def test_etcd_is_for_those_who_ask_for_it(tmp_path: Path) -> None:
-    here = machine(tmp_path, prometheus="#!/bin/sh\n", apt_get=APT, id=user(0))
-    assert run(here).returncode == 0
-    assert not (tmp_path / "log").exists()
-    assert run(here, "etcd").returncode == 0
-    assert "install -y --no-install-recommends etcd-server" in (tmp_path / "log").read_text()
-
-
-@pytest.mark.parametrize("manager", ["apt_get", "dnf", "pacman", "brew", "none"])
-def test_elsewhere_etcd_is_named(manager: str, tmp_path: Path) -> None:
-    here = machine(tmp_path, prometheus="#!/bin/sh\n", id=user(1000), **{manager: ""})
-    found = run(here, "etcd")
-    assert found.returncode == 1
-    assert "etcd" in found.stderr.splitlines()[-1]
-
-
-def test_an_etcd_among_ready_binaries_is_enough(tmp_path: Path) -> None:
-    here = machine(tmp_path, prometheus="#!/bin/sh\n", dnf="")
-    assets = tmp_path / "assets"
-    assets.mkdir()
-    (assets / "etcd").symlink_to(tmp_path / "true")
-    assert run(here, "etcd", KUBEBUILDER_ASSETS=str(assets)).returncode == 0

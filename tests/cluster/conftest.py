@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.cluster.control_plane import ControlPlane, eventually, running
+from tests.cluster.fake_ray import FakeRay, fake_ray_before
+from tests.cluster.kuberay import install_crds, start_kuberay
 from tests.cluster.nodes import gpu_node
 
 TEST_LABEL = "moestack.dev/test-namespace"
@@ -56,3 +59,25 @@ def kwok(control_plane: ControlPlane) -> ControlPlane:
     control_plane.start_kwok()
     control_plane.apply(*(gpu_node(f"gpu-{number}", gpus=8) for number in range(4)))
     return control_plane
+
+
+@pytest.fixture(scope="session")
+def fake_ray(control_plane: ControlPlane) -> Iterator[FakeRay]:
+    """Ray's dashboard and proxies for every RayCluster, with failures on demand."""
+    with fake_ray_before(control_plane.url, control_plane.certificates) as fake:
+        yield fake
+
+
+@pytest.fixture(scope="session")
+def kuberay(kwok: ControlPlane, fake_ray: FakeRay) -> Iterator[ControlPlane]:
+    """The control plane with kwok and the real KubeRay, which takes `fake_ray` for its clusters."""
+    install_crds(kwok)
+    start_kuberay(kwok, fake_ray.url)
+    yield kwok
+
+    def left() -> list[Any]:
+        found: list[Any] = kwok.ask("GET", "/apis/ray.io/v1/rayservices").json()["items"]
+        return found
+
+    eventually("KubeRay has let every RayService go", lambda: not left() or None)  # nobody else removes its finalizer
+    kwok.stop_component("kuberay")  # before the fake, through which it speaks

@@ -10,7 +10,8 @@
     eventually("what is waited for", lambda: …)        # polls; AssertionError with the last answer
 
 Fixtures (conftest.py): `control_plane` (session), `namespace` (a fresh one, emptied afterwards), `kwok` (nodes with
-GPUs, a scheduler, and pods that become Ready).
+GPUs, a scheduler, and pods that become Ready), `kuberay` (kwok and the real KubeRay), `fake_ray` (what KubeRay takes
+for Ray: fake_ray.py).
 
 Users: `admin` may do everything; `operator`, `tuner` and `person` may do what a test's RBAC grants them: nothing, at
 first. RBAC, service accounts and built-in admission are on. Of the controllers those run that deletion,
@@ -207,7 +208,7 @@ class ControlPlane:
                 "--logger=zap",
                 "--log-level=warn",
                 "--snapshot-count=10000",
-                *self._without_fsync(),
+                "--unsafe-no-fsync=true",  # nothing here must outlive a power cut
             ]
 
         etcd_port, _ = self.add("etcd", 2, etcd, "http://127.0.0.1:{}/health")
@@ -293,19 +294,18 @@ class ControlPlane:
             "--authorization-always-allow-paths=/healthz,/readyz,/livez,/metrics",
         ]
 
-    def _without_fsync(self) -> list[str | Path]:
-        """The flag where this etcd has it (3.5 on): nothing here must outlive a power cut."""
-        said = subprocess.run([self.assets / "bin" / "etcd", "--help"], capture_output=True, text=True, check=False)
-        return ["--unsafe-no-fsync=true"] if "unsafe-no-fsync" in said.stdout + said.stderr else []
-
     def rss_bytes(self) -> dict[str, int]:
         """Resident memory of each component now."""
         return {name: component.rss_bytes() for name, component in self.components.items()}
 
+    def stop_component(self, name: str) -> None:
+        """Stops one component for good."""
+        self.components.pop(name).stop()
+
     def stop(self) -> None:
         """Stops everything, the last started first; logs stay."""
         for name in reversed(list(self.components)):
-            self.components.pop(name).stop()
+            self.stop_component(name)
         self._http.close()
         shutil.rmtree(self.folder / "etcd", ignore_errors=True)
 

@@ -99,9 +99,9 @@ def make_tokens(path: Path, groups_by_user: Mapping[str, Sequence[str]]) -> dict
     return tokens
 
 
-def write_kubeconfig(path: Path, url: str, ca: Path | None, token: str, user: str) -> Path:
-    """A kubeconfig of one user (JSON, which is YAML); no CA for a server without TLS."""
-    cluster = {"server": url} if ca is None else {"server": url, "certificate-authority": str(ca)}
+def write_kubeconfig(path: Path, url: str, ca: Path, token: str, user: str) -> Path:
+    """A kubeconfig of one user (JSON, which is YAML)."""
+    cluster = {"server": url, "certificate-authority": str(ca)}
     config = {
         "apiVersion": "v1",
         "kind": "Config",
