@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 
 from moe_core.clock import Clock, SystemClock
+from moe_core.config import ServingConfig
 from moe_core.log import configure, get_log
 from moe_core.signing import CommandInvalid, SignatureRefused, Verifier, describe
 from moe_core.wire import Ack, ReplicaDigest, Signed
@@ -22,6 +23,8 @@ from moe_serving.board_state import BoardState, OlderVersion, WrongDeployment
 
 MATRIX_WAIT_S = 3.0
 MAX_BODY_BYTES = 128 * 1024
+START_S = 60.0
+"""Longest wait for a new board to listen."""
 
 log = get_log("board")
 
@@ -199,6 +202,14 @@ def actor(deployment: str, revision: str, trusted_keys: list[str], host: str, po
         )
         .remote(deployment, revision, trusted_keys, host, port)
     )
+
+
+def ensure(config: ServingConfig) -> str:
+    """The application's board, made where it does not exist, and listening; returns its base URL."""
+    import ray
+
+    handle = actor(config.deployment, config.revision, list(config.trusted_keys), config.board_host, config.board_port)
+    return str(ray.get(handle.start.remote(), timeout=START_S))
 
 
 def _json(value: object, status: int = 200) -> web.Response:

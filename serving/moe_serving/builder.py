@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_core.config import ServingConfig
+from moe_core.process_config import ENGINE_DEPLOYMENT, autoscaling, unserved
 
 HEALTH_CHECK_PERIOD_S = 2.0
 """A dead engine is seen within two of these; Serve's own default is 10 s."""
@@ -18,10 +19,8 @@ class NotServable(ValueError):
 
 def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
     """Arguments of vLLM's engine for a configuration."""
-    if config.data_parallel > 1:
-        raise NotServable("spec.parallelism.data: data-parallel gangs are not served yet; use tensor parallelism")
-    if config.pipeline_parallel > 1:
-        raise NotServable("spec.parallelism.pipeline: pipeline stages are not served yet; use tensor parallelism")
+    for problem in unserved(config):
+        raise NotServable(str(problem))
     kwargs: dict[str, Any] = {
         "tensor_parallel_size": config.tensor_parallel,
         "pipeline_parallel_size": config.pipeline_parallel,
@@ -62,17 +61,21 @@ def build_app(args: dict[str, Any] | ServingConfig) -> Any:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
+    from moe_serving import board
     from moe_serving.server import MoEServer
 
     config = args if isinstance(args, ServingConfig) else ServingConfig.model_validate(args)
-    on_cpu = config.accelerator == "cpu"
+    kwargs = engine_kwargs(config)
+    if config.board_port:
+        # Before any replica, so that it answers while engines load, and where there is none yet.
+        board.ensure(config)
     llm_config = LLMConfig(
-        model_loading_config={"model_id": config.model, "model_source": config.source},
-        engine_kwargs=engine_kwargs(config),
-        accelerator_config={"kind": "cpu"} if on_cpu else None,
-        accelerator_type=None if on_cpu else _ray_accelerator(config.accelerator),
+        model_loading_config={"model_id": config.model, "model_source": _source(config.source)},
+        engine_kwargs=kwargs,
+        # The workers are all alike, so no replica has to look for a type of GPU that Ray may not know by name.
+        accelerator_config={"kind": _kind(config.accelerator)},
         deployment_config={
-            "autoscaling_config": {"min_replicas": config.replicas_min, "max_replicas": config.replicas_max},
+            "autoscaling_config": autoscaling(config.replicas_min, config.replicas_max, config.max_active_seqs),
             "health_check_period_s": HEALTH_CHECK_PERIOD_S,
             "max_ongoing_requests": 1000,
         },
@@ -85,10 +88,15 @@ def build_app(args: dict[str, Any] | ServingConfig) -> Any:
         llm_config,
         bind_kwargs={"serving": config.to_json()},
         deployment_cls=serve.ingress()(MoEServer),
-        name_prefix="MoEServer:",
+        override_serve_options={"name": ENGINE_DEPLOYMENT},
     )
 
 
-def _ray_accelerator(accelerator: str) -> str:
-    """Ray's name of an accelerator: nvidia-h100 → H100."""
-    return accelerator.removeprefix("nvidia-").removeprefix("amd-").upper()
+def _kind(accelerator: str) -> str:
+    """Ray's kind of an accelerator: cpu, tpu or gpu."""
+    return accelerator if accelerator == "cpu" else "tpu" if accelerator.startswith("tpu-") else "gpu"
+
+
+def _source(source: str) -> str | dict[str, str]:
+    """A checkpoint as Ray's loader takes it: buckets are mirrored, everything else is the engine's to find."""
+    return {"bucket_uri": source} if source.startswith(("s3://", "gs://")) else source

@@ -22,6 +22,7 @@ from typing import Any
 
 from moe_core.config import ServingConfig
 from moe_core.log import configure, get_log
+from moe_core.process_config import APPLICATION, ENGINE_ENV
 
 START_TIMEOUT_S = 900.0
 EXIT_COULD_NOT_START = 3
@@ -73,16 +74,13 @@ def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Ev
     )
     _stop_on_signals(stop)  # Ray has put its own handlers in place, which abort
     try:
-        handle = board.actor(
-            config.deployment, config.revision, list(config.trusted_keys), config.board_host, config.board_port
-        )
-        board_url = ray.get(handle.start.remote())
+        board_url = board.ensure(config)
         serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         _tell(stage="ray", state="done")
         _tell(stage="engine", state="start", detail=f"{config.source}, {config.tensor_parallel} ranks")
         app = builder.build_app(config)
         serve.run_many(
-            [serve.RunTarget(app, name="moestack", route_prefix="/")],
+            [serve.RunTarget(app, name=APPLICATION, route_prefix="/")],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
@@ -118,7 +116,7 @@ def _await_running(serve: Any, stop: threading.Event) -> None:
     """Wait until the application runs. Raises StartFailed with Serve's message."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and not stop.is_set():
-        status = serve.status().applications.get("moestack")
+        status = serve.status().applications.get(APPLICATION)
         if status is not None and status.status == "RUNNING":
             return
         if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -155,15 +153,10 @@ def _explain(config: ServingConfig, message: str) -> dict[str, str]:
 def _environment() -> None:
     """Defaults of Ray and vLLM processes that this process starts; what the person set stays."""
     for name, value in {
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **ENGINE_ENV,
         # Idle workers that import the engine in advance cost two cores more than they save.
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
-        "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(sys.path[1:]),
     }.items():
         os.environ.setdefault(name, value)

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_api.annotations import RENDERER
+from moe_core.process_config import Problem
 from moe_kube.managed import content, digest
 from moe_kube.objects import Kind, Ref
 from moe_operator.names import Owner
 
 RENDERER_VERSION = "1"
 """Raised with any change of what a revision renders to. Running revisions keep what they were born with."""
+
+
+class NotRenderable(ValueError):
+    """What is asked for cannot be made; the message names the field and the remedy."""
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        super().__init__("; ".join(map(str, problems)))
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,10 @@ def rendered(
     labels: Mapping[str, str],
     content_: Mapping[str, Any],
     annotations: Mapping[str, str] | None = None,
+    *,
+    renderer: str = RENDERER_VERSION,
 ) -> Rendered:
-    """An object of that kind in the owner's namespace, owned, with the renderer's version."""
+    """An object of that kind in the owner's namespace, owned, with the version of the renderer that made it."""
     body: dict[str, Any] = {
         "apiVersion": kind.api_version,
         "kind": kind.kind,
@@ -44,7 +55,7 @@ def rendered(
             "name": name,
             "namespace": owner.namespace,
             "labels": dict(labels),
-            "annotations": {RENDERER: RENDERER_VERSION, **(annotations or {})},
+            "annotations": {RENDERER: renderer, **(annotations or {})},
             "ownerReferences": [owner.reference()],
         },
         **content_,

@@ -1,0 +1,274 @@
+"""What one resource says to each process: the one way from a MoEDeployment to configurations, in a cluster and on one
+machine. Pure.
+
+It also knows what this version's engine and gateway cannot do, by field, so that a person hears it before GPUs are
+asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+from moe_api.enums import AuthMode
+from moe_api.v1alpha1 import (
+    Egress,
+    EngineKind,
+    FallbackRight,
+    FallbackSpec,
+    FallbackTarget,
+    ModelSpec,
+    MoEDeployment,
+    MoEDeploymentSpec,
+    Overflow,
+    Provider,
+)
+from moe_core.config import KnobBounds, ServingConfig, SloConfig, SpillConfig, TargetConfig
+from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs
+from moe_core.wire import Overflow as WireOverflow
+
+APPLICATION = "moestack"
+"""Name of the Serve application."""
+ENGINE_DEPLOYMENT = "MoEServer"
+"""Name of its one Serve deployment: bounds of autoscaling in serveConfigV2 find it by this name."""
+BUILDER = "moe_serving.builder:build_app"
+"""Import path of the application's builder."""
+ENGINE_ENV = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of every process of Ray and vLLM."""
+DEFAULT_ACTIVE_SEQS = 64
+DEFAULT_BATCHED_TOKENS = 2048
+DAYS_IN_A_MONTH = 31
+SPOKEN_PROVIDERS = (Provider.OPENAI, Provider.OPENAI_COMPATIBLE)
+"""Closed APIs that the gateway speaks."""
+SPOKEN_AUTH = (AuthMode.NONE,)
+"""Ways to know tenants that the gateway has."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something asked for that cannot be done, and the remedy."""
+
+    field: str
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}; {self.remedy}"
+
+
+def slo(resource: MoEDeployment) -> SloConfig:
+    spec = resource.spec.slo
+    return SloConfig(ttft_p95_s=spec.ttft_p95.seconds, itl_p95_s=spec.itl_p95.seconds)
+
+
+def boot_knobs(resource: MoEDeployment) -> Knobs:
+    """What replicas boot with: the spec's own values, and pins where there are any."""
+    spec, pins = resource.spec, resource.spec.tuning.pins
+    return Knobs(
+        deployment=resource.key,
+        version=1,
+        experts=ExpertKnobs(
+            overflow=WireOverflow((pins.overflow or spec.experts.overflow).value),
+            capacity_factor_prefill=pins.capacity_factor_prefill or spec.experts.capacity_factor.prefill,
+            capacity_factor_decode=pins.capacity_factor_decode or spec.experts.capacity_factor.decode,
+            per_token=spec.experts_per_token(),
+        ),
+        engine=EngineKnobs(max_active_seqs=pins.max_active_seqs, max_batched_tokens=pins.max_batched_tokens),
+        fallback=FallbackKnobs(
+            miss_probability=None if pins.miss_probability is None else float(pins.miss_probability),
+            share_cap=None if pins.share_cap is None else float(pins.share_cap),
+        ),
+    )
+
+
+def rolling_arguments(spec: MoEDeploymentSpec) -> dict[str, Any]:
+    """The part of a ServingConfig whose change replaces replicas and keeps the cluster: further engine arguments and
+    redundant experts."""
+    extra = dict(spec.engine.typed_extra_args())
+    return {
+        "dtype": extra.pop("dtype", "auto"),
+        "enforce_eager": extra.pop("enforce_eager", False),
+        "prefix_caching": extra.pop("enable_prefix_caching", True),
+        "redundant_experts": spec.experts.redundant,
+        "engine_args": extra,
+    }
+
+
+def serving_config(
+    resource: MoEDeployment,
+    *,
+    revision: str,
+    source: str,
+    tensor: int,
+    data: int,
+    pipeline: int,
+    expert_parallel: bool,
+    max_model_len: int | None,
+    max_active_seqs: int | None,
+    max_batched_tokens: int | None,
+    trusted_keys: tuple[str, ...],
+) -> ServingConfig:
+    """Arguments of the Serve application for a revision cut into these ranks; ceilings of None are the defaults."""
+    spec = resource.spec
+    return ServingConfig(
+        deployment=resource.key,
+        revision=revision,
+        model=spec.model.id,
+        source=source,
+        accelerator=spec.hardware.accelerator if spec.hardware is not None else "cpu",
+        tensor_parallel=tensor,
+        data_parallel=data,
+        pipeline_parallel=pipeline,
+        expert_parallel=expert_parallel,
+        replicas_min=spec.replicas.min,
+        replicas_max=spec.replicas.ceiling,
+        max_model_len=max_model_len,
+        max_active_seqs=max_active_seqs or DEFAULT_ACTIVE_SEQS,
+        max_batched_tokens=max_batched_tokens or DEFAULT_BATCHED_TOKENS,
+        kv_cache_dtype=spec.engine.kv_cache_dtype.engine_name,
+        quantization=spec.model.quantization.engine_name,
+        trusted_keys=trusted_keys,
+        boot_knobs=boot_knobs(resource),
+        **rolling_arguments(spec),
+    )
+
+
+def autoscaling(replicas_min: int, replicas_max: int, active_seqs: int) -> dict[str, Any]:
+    """Serve's autoscaling of the engine, whole: what serveConfigV2 says replaces what the builder said, key by key or
+    not at all. A replica is full at the engine's own ceiling of sequences, not at Serve's default of 2 requests."""
+    return {"min_replicas": replicas_min, "max_replicas": replicas_max, "target_ongoing_requests": active_seqs}
+
+
+def checkpoint_source(model: ModelSpec, claims: str) -> str:
+    """Where the engine finds the checkpoint: a path, a repository, or an address that it reads by itself. `claims`:
+    the folder in which volume claims are mounted by name."""
+    source = model.source or model.id
+    scheme, mark, rest = source.partition("://")
+    if not mark:
+        return source
+    return {"hf": rest, "file": rest if rest.startswith("/") else f"/{rest}", "pvc": f"{claims}/{rest}"}.get(
+        scheme, source
+    )
+
+
+def unserved(config: ServingConfig) -> tuple[Problem, ...]:
+    """What the engine cannot run yet. The builder refuses the same."""
+    remedy = "use tensor parallelism"
+    found = []
+    if config.data_parallel > 1:
+        message = "data-parallel gangs are not served yet"
+        found.append(Problem("spec.parallelism.data", message, remedy))
+    if config.pipeline_parallel > 1:
+        message = "pipeline stages are not served yet"
+        found.append(Problem("spec.parallelism.pipeline", message, remedy))
+    if config.source.startswith("az://"):
+        message = "the engine reads no az:// address yet"
+        found.append(Problem("spec.model.source", message, "use s3://, gs://, pvc://, or a repository"))
+    return tuple(found)
+
+
+def unguarded(resource: MoEDeployment) -> tuple[Problem, ...]:
+    """What the gateway cannot do yet and nobody may take for done."""
+    spec = resource.spec
+    found = []
+    if spec.gateway.auth.mode not in SPOKEN_AUTH:
+        message = f"{spec.gateway.auth.mode.value}: the gateway does not check who asks yet"
+        remedy = "set it to None with exposure ClusterIP, and check at the cluster's own edge"
+        found.append(Problem("spec.gateway.auth.mode", message, remedy))
+    if spec.engine.kind is EngineKind.EXTERNAL and spec.engine.api_key_secret_ref is not None:
+        message = "the gateway sends no key to an external engine yet"
+        found.append(Problem("spec.engine.apiKeySecretRef", message, "let the engine trust the gateway's pods"))
+    return tuple(found)
+
+
+def usd_per_day(fallback: FallbackSpec) -> Decimal | None:
+    """Dollars a day that keep the day's limit, and the month's in its longest form."""
+    day, month = fallback.budget.usd_per_day, fallback.budget.usd_per_month
+    limits = [limit for limit in (day, None if month is None else month / DAYS_IN_A_MONTH) if limit is not None]
+    return min(limits).quantize(Decimal("0.000001")) if limits else None
+
+
+def forbidden(spec: MoEDeploymentSpec, target: FallbackTarget) -> str | None:
+    """Why nothing may be sent to a target, or None."""
+    policy = spec.fallback.data_policy
+    if policy.egress == Egress.NEVER:
+        return "spec.fallback.dataPolicy.egress is Never"
+    if policy.egress == Egress.ZERO_RETENTION_ONLY and not target.zero_retention:
+        return "spec.fallback.dataPolicy.egress is ZeroRetentionOnly, and this target may keep what it gets"
+    if policy.egress == Egress.REGION and target.region not in policy.regions:
+        return "spec.fallback.dataPolicy.regions does not hold its region"
+    barred = [tier.name for tier in spec.tiers if tier.fallback == FallbackRight.NEVER]
+    if barred:
+        return f"tier {barred[0]} may not spill, and the gateway does not tell tiers apart yet"
+    return None
+
+
+def unusable(target: FallbackTarget, where: str) -> Problem | None:
+    """What keeps the gateway from using a target, or None."""
+    if target.provider not in SPOKEN_PROVIDERS:
+        return Problem(
+            f"{where}.provider",
+            f"the gateway does not speak {target.provider.value} yet",
+            "use openai or openai-compatible",
+        )
+    price = target.price
+    if target.provider != Provider.OPENAI_COMPATIBLE and None in (
+        price.input_usd_per_m_tokens,
+        price.output_usd_per_m_tokens,
+    ):
+        return Problem(
+            f"{where}.price",
+            f"no price of target {target.name} is known, so no budget could hold",
+            "set inputUsdPerMTokens and outputUsdPerMTokens",
+        )
+    return None
+
+
+def target_config(target: FallbackTarget, key_file: str | None) -> TargetConfig:
+    """One fallback target."""
+    price = target.price
+    return TargetConfig(
+        name=target.name,
+        provider=target.provider.value,
+        model=target.model,
+        base_url=target.base_url,
+        api_key_file=key_file,
+        usd_per_m_input=price.input_usd_per_m_tokens or Decimal(0),
+        usd_per_m_output=price.output_usd_per_m_tokens or Decimal(0),
+    )
+
+
+def spill(fallback: FallbackSpec) -> SpillConfig:
+    """Where spilling starts, and its budget for all gateways together."""
+    return SpillConfig(
+        miss_probability=float(fallback.trigger.miss_probability),
+        share_cap=float(fallback.trigger.share_cap),
+        usd_per_day=usd_per_day(fallback),
+    )
+
+
+def knob_bounds(spec: MoEDeploymentSpec) -> KnobBounds:
+    """What the tuner may do."""
+    bounds = spec.tuning.bounds
+    overflow: Literal["Reroute", "Drop"] = "Reroute"
+    if Overflow.REROUTE not in bounds.overflow and Overflow.DROP in bounds.overflow:
+        overflow = "Drop"
+    return KnobBounds(
+        capacity_factor_min=bounds.capacity_factor.min,
+        capacity_factor_max=bounds.capacity_factor.max,
+        active_seqs_min=bounds.max_active_seqs.min or 1,
+        active_seqs_max=bounds.max_active_seqs.max or spec.engine.max_active_seqs or DEFAULT_ACTIVE_SEQS,
+        overflow=overflow,
+        # The whole range is no bound: the tuner's policy has a floor of its own.
+        miss_probability_min=float(bounds.miss_probability.min) or None,
+        miss_probability_max=float(bounds.miss_probability.max) if bounds.miss_probability.max < 1 else None,
+        pinned=spec.tuning.pins.knobs(),
+    )
