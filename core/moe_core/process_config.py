@@ -48,6 +48,9 @@ DEFAULT_BATCHED_TOKENS = 2048
 DAYS_IN_A_MONTH = 31
 SPOKEN_PROVIDERS = (Provider.OPENAI, Provider.OPENAI_COMPATIBLE)
 """Closed APIs that the gateway speaks."""
+EXTERNAL = "external"
+"""Name at the gateway of an engine that runs elsewhere."""
+TAKEN_NAMES = ("none", EXTERNAL)
 SPOKEN_AUTH = (AuthMode.NONE,)
 """Ways to know tenants that the gateway has."""
 
@@ -213,6 +216,8 @@ def forbidden(spec: MoEDeploymentSpec, target: FallbackTarget) -> str | None:
 
 def unusable(target: FallbackTarget, where: str) -> Problem | None:
     """What keeps the gateway from using a target, or None."""
+    if target.name in TAKEN_NAMES:
+        return Problem(f"{where}.name", f"{target.name!r} has a meaning of its own in metrics", "choose another name")
     if target.provider not in SPOKEN_PROVIDERS:
         return Problem(
             f"{where}.provider",

@@ -45,8 +45,6 @@ def load(path: Path) -> Loaded:
 def check(config: GatewayConfig) -> None:
     """Refuse what the types allow and this gateway cannot do. Raises ConfigRefused."""
     revisions = [revision.name for revision in config.revisions]
-    if not revisions:
-        raise ConfigRefused("revisions: at least one is needed")
     names = [*revisions, *(target.name for target in config.targets)]
     for name in names:
         if names.count(name) > 1:
@@ -55,7 +53,7 @@ def check(config: GatewayConfig) -> None:
             raise ConfigRefused("revisions, targets: 'none' stands for no target in metrics; take another name")
     for name in config.weights:
         if name not in revisions:
-            raise ConfigRefused(f"weights.{name}: no such revision; there are {', '.join(revisions)}")
+            raise ConfigRefused(f"weights.{name}: no such revision; there are {', '.join(revisions) or 'none'}")
     for index, target in enumerate(config.targets):
         _check_target(f"targets[{index}] ({target.name})", target)
     priced = any(target.usd_per_m_input or target.usd_per_m_output for target in config.targets)

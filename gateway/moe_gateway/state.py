@@ -141,7 +141,7 @@ class Gateway:
         now_s = self.clock.monotonic()
         return SpillContext(
             now_s=now_s,
-            prompt_tokens=self.fleet.revisions[0].prompt_tokens(len(request.raw)),
+            prompt_tokens=self.fleet.prompt_tokens(len(request.raw)),
             ttft_slo_s=self.config.slo.ttft_p95_s,
             thresholds=self.thresholds(),
             revisions=tuple(self._revision_views(now_s)),

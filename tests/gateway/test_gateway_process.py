@@ -224,7 +224,7 @@ REFUSED = [
     pytest.param(one(provider="openai-compatible", baseUrl="ftp://x"), "targets[0] (a).baseUrl", id="no HTTP"),
     pytest.param(one(provider="openai"), "targets[0] (a).apiKeyFile", id="no key file"),
     pytest.param(one(provider="openai", apiKeyFile="/nowhere/k"), "apiKeyFile: /nowhere/k: No such", id="no such file"),
-    pytest.param({"revisions": []}, "revisions: at least one", id="no revision"),
+    pytest.param({"revisions": []}, "weights.r0: no such revision; there are none", id="no revision"),
     pytest.param({"weights": {"r7": 100}}, "weights.r7", id="weight of nothing"),
     pytest.param({"weights": {"r0": -1}}, "weights.r0", id="weight below 0"),
     pytest.param({"trustedKeys": ["nonsense"]}, "trustedKeys", id="no public key"),

@@ -41,7 +41,7 @@ CACHE_PATH = "/models/cache"
 CLAIMS_PATH = "/models/claims"
 GIB = 2**30
 MIB = 2**20
-_DASHBOARD_PORT, _GCS_PORT, METRICS_PORT = 8265, 6379, 8080
+DASHBOARD_PORT, _GCS_PORT, METRICS_PORT = 8265, 6379, 8080
 _IDLE_S = 300
 """An idle worker keeps its pod for this long: reading a checkpoint again costs minutes."""
 
@@ -152,7 +152,7 @@ def _head(engine: Engine) -> Json:
         pull_policy=engine.pull_policy,
         ports=(
             Port("gcs-server", _GCS_PORT),
-            Port("dashboard", _DASHBOARD_PORT),
+            Port("dashboard", DASHBOARD_PORT),
             Port("serve", SERVE_PORT),
             Port("metrics", METRICS_PORT),
             Port("board", BOARD_PORT),
