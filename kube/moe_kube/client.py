@@ -267,6 +267,8 @@ def refusal(status: int, raw: bytes, retry_after: str = "") -> ApiError:
 
 def _from_document(status: int, document: Mapping[str, Any], retry_after: str = "") -> ApiError:
     details = document.get("details") or {}
+    if status == 422 and any(cause.get("field") == "metadata.uid" for cause in details.get("causes") or ()):
+        status = 409  # To the server another uid is an immutable field; to us it is another object of that name.
     return from_status(
         status,
         redact(str(document.get("message") or f"HTTP {status}"))[:MAX_MESSAGE_CHARS],

@@ -230,6 +230,7 @@ class FakeApi:
                     yield WatchEvent("ADDED", item.copy())
         if seen < store.compacted:
             raise expired()
+        start, idle = seen, False
         alarm = _Alarm(clock)
         end_s = clock.monotonic() + timeout_s
         bookmark_s = _next_bookmark(clock.monotonic(), end_s)
@@ -239,17 +240,19 @@ class FakeApi:
                 event = store.next_event(kind, seen, visible)
                 if event is not None:
                     seen = event.version
+                    start = start if idle else seen
                     told = _told(event, namespace, match)
                     if told is not None:
                         yield told
                     continue
-                seen = max(seen, visible)
+                idle, seen = True, max(seen, visible)
                 now_s = clock.monotonic()
                 if store.generation_of(kind) != generation or now_s >= end_s:
                     return
                 if now_s >= bookmark_s:
                     bookmark_s = _next_bookmark(now_s, end_s)
-                    yield _bookmark(kind, seen)
+                    if seen > start:  # A version that the caller has told us itself is no news.
+                        yield _bookmark(kind, seen)
                     continue
                 waiter = store.waiter(kind, every_write=self._lag > 0)
                 alarm.set(min(bookmark_s, end_s), waiter)

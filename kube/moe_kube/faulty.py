@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence, Set
 from typing import Any, Literal, TypeVar
 
 from moe_core.clock import Clock, SystemClock
@@ -115,22 +115,17 @@ class FaultyApi:
         events = await self._run(call, start)
         seen = 0
         try:
-            rule = self._watch_rule(kind, seen, None)
-            if rule is not None:
-                await self._break(rule)
-                if rule.step == "end":
-                    return
+            if await self._broken(kind, seen):
+                return
             async for event in events:
-                rule = self._watch_rule(kind, seen, event)
+                rule = self._rule_for(kind, seen, event)
                 seen += 1
-                if rule is not None:
-                    await self._break(rule)
-                    if rule.step == "end":
-                        return
-                    if rule.step in ("miss", "miss_delete"):
-                        continue
+                if rule is None or rule.step == "duplicate":
                     yield event
-                yield event
+                if rule is not None and rule.step == "duplicate":
+                    yield event
+                if await self._broken(kind, seen):
+                    return
         finally:
             await events.aclose()
 
@@ -212,26 +207,32 @@ class FaultyApi:
             await _hook(action, call)
         return result
 
-    def _watch_rule(self, kind: Kind, seen: int, event: WatchEvent | None) -> WatchRule | None:
-        """The fault for this event, or, without one, for the time before the first."""
-        for rule in self.watch_rules:
-            needs_event = rule.step in ("duplicate", "miss", "miss_delete")
-            deletes = event is not None and event.type == "DELETED"
-            if rule.fits(kind, seen) and (event is not None or not needs_event):
-                if rule.step == "miss_delete" and not deletes:
-                    continue
-                rule.met += 1
-                return rule
-        return None
+    def _rule_for(self, kind: Kind, seen: int, event: WatchEvent) -> WatchRule | None:
+        """The fault of this event: it comes twice, or never."""
+        steps = {"duplicate", "miss", *(("miss_delete",) if event.type == "DELETED" else ())}
+        if event.type == "BOOKMARK":
+            return None
+        return self._met(kind, seen, steps)
 
-    async def _break(self, rule: WatchRule) -> None:
-        if rule.step == "drop":
-            raise Unreachable("injected: the connection of the watch broke")
+    async def _broken(self, kind: Kind, seen: int) -> bool:
+        """Act on a fault of the watch itself. Returns whether the watch has ended."""
+        rule = self._met(kind, seen, {"drop", "end", "gone", "silent"})
+        if rule is None:
+            return False
         if rule.step == "gone":
             raise Gone("injected: too old resource version", status=410, reason="Expired")
         if rule.step == "silent":
             await self._clock.sleep(rule.silent_s)
             raise Unreachable("injected: nothing was heard of the watch for too long")
+        if rule.step == "drop":
+            raise Unreachable("injected: the connection of the watch broke")
+        return True
+
+    def _met(self, kind: Kind, seen: int, steps: Set[str]) -> WatchRule | None:
+        rule = next((rule for rule in self.watch_rules if rule.step in steps and rule.fits(kind, seen)), None)
+        if rule is not None:
+            rule.met += 1
+        return rule
 
 
 def _lost(action: Action) -> ApiError | None:

@@ -10,6 +10,7 @@ import pytest
 from moe_core.clock import FakeClock
 from moe_kube.fake import FakeCluster
 from moe_kube.fake_kinds import ALL
+from moe_kube.objects import CONFIG_MAP, Ref
 from tests.kube.conformance import CASES, Server
 
 
@@ -23,11 +24,13 @@ async def test_the_api_server_in_memory(name: str) -> None:
         cluster.collect_garbage()
         assert await done()
 
-    async def compact() -> None:
+    async def forget(token: str) -> str:
+        cluster.create(Ref(CONFIG_MAP, "test", "later"), {})
         cluster.compact()
+        return token
 
-    server = Server(api, "test", clock.advance, compact, collect, frozenset(ALL))
+    server = Server(api, "test", clock.sleep, forget, collect, frozenset(ALL))
     run = asyncio.create_task(CASES[name](server))  # type: ignore[arg-type]
     while not run.done():
-        await clock.advance(1.0)
+        await clock.advance(0.1)
     await run
