@@ -109,3 +109,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value if value is None or isinstance(value, bool | int) else str(value)
+
+
+def inputs(resource: MoEDeployment, disruption: Disruption) -> dict[str, Any]:
+    """Path → JSON value of every field of that class, or a costlier one, that is not at its default.
+
+    Two resources whose inputs of class revision are equal are served by the same revision. Defaults are left out, so
+    that a field that a later version adds does not change what an older resource asks for.
+    """
+    found: dict[str, Any] = {}
+    _inputs("spec", resource.spec, _ORDER.index(disruption), None, found)
+    return found
+
+
+def _inputs(path: str, group: BaseModel, least: int, inherited: Disruption | None, found: dict[str, Any]) -> None:
+    for name, info in type(group).model_fields.items():
+        value = getattr(group, name)
+        own = inherited or _class(info)
+        place = f"{path}.{info.alias or name}"
+        if isinstance(value, BaseModel):
+            _inputs(place, value, least, own, found)
+        elif _given(value, info) and _ORDER.index(own or _deepest(value)) >= least:
+            found[place] = _plain(value)
+
+
+def _given(value: Any, info: FieldInfo) -> bool:
+    empty = value is None or value in ((), {})
+    return not empty and (info.is_required() or value != info.get_default(call_default_factory=True))

@@ -1,0 +1,428 @@
+"""How traffic moves between revisions: from what is remembered and what is seen to what should run, and with which
+weight.
+
+Pure: the same context gives the same answer. What must outlive a crash (weights, deadlines, failures) is in the
+answer and is written to status before anything is done about it. All times are whole seconds of Unix time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moe_api.enums import UpgradeStrategy
+from moe_api.status import RevisionPhase as Phase
+
+SLO_SHARE = 0.95
+"""Share of requests that must keep the SLO: the objective is a 95th percentile."""
+SLO_SLACK = 0.02
+"""A new revision may be this much worse than the old one at the same time, before it is blamed for a bad share."""
+SLO_MIN_REQUESTS = 20
+"""Fewer finished requests than this say nothing."""
+UNREADY_GRACE_S = 30
+"""A revision that takes traffic may be unready for this long before the traffic is taken from it."""
+POLL_S = 5
+"""How often gateways are asked while traffic moves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """What is remembered of a revision, in status."""
+
+    name: str
+    phase: Phase = Phase.PENDING
+    weight: int = 0
+    step_started_at: int | None = None
+    drain_deadline: int | None = None
+    failed_generation: int | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What is seen of a revision."""
+
+    exists: bool = False
+    """Its RayService is there, even if it is on its way out."""
+    deleting: bool = False
+    ready: bool = False
+    unready_since: int | None = None
+    in_flight: int | None = None
+    """Requests at it over all gateways; None where a gateway did not say."""
+    met: int = 0
+    missed: int = 0
+    """Finished requests of the last window within and without the SLO; failures count as missed."""
+
+
+NOTHING = Sight()
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Everything that the decision rests on."""
+
+    now: int
+    generation: int
+    target: str | None
+    """Revision that the spec asks for; None while suspended."""
+    revisions: tuple[Revision, ...]
+    sights: dict[str, Sight]
+    strategy: UpgradeStrategy
+    steps: tuple[int, ...]
+    step_s: int
+    progress_s: int
+    drain_s: int
+    rollback_on_slo_miss: bool
+    weights_version: int
+    gateways_version: int | None
+    """Lowest version of the weights in force on any gateway; None where one did not say; no gateways: the newest."""
+    highest_version: int = 0
+    """Highest version that any gateway has seen."""
+
+    def sight(self, name: str) -> Sight:
+        return self.sights.get(name, NOTHING)
+
+    @property
+    def acknowledged(self) -> bool:
+        return self.gateways_version is not None and self.gateways_version >= self.weights_version
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """The answer: what to remember, what should run, and when to look again."""
+
+    revisions: tuple[Revision, ...]
+    wanted: frozenset[str]
+    """Revisions whose RayService should exist; every other one goes."""
+    weights_version: int
+    in_motion: bool
+    """Traffic is moving or draining, or a revision is coming up."""
+    rolled_back: str = ""
+    """Why the revision that the spec asks for does not serve, where it has failed."""
+    waits_for: str = ""
+    requeue_s: float | None = None
+
+    @property
+    def weights(self) -> dict[str, int]:
+        return {revision.name: revision.weight for revision in self.revisions}
+
+
+def advance(context: Context) -> Rollout:
+    """One step of the rollout; calling it again with what it remembered and nothing new seen changes nothing."""
+    return _Turn(context).run()
+
+
+class _Turn:
+    """One call of `advance`: revisions by name while they are being decided on."""
+
+    def __init__(self, context: Context) -> None:
+        self.c = context
+        self.revisions = {revision.name: revision for revision in context.revisions}
+        self.wanted: set[str] = set()
+        self.times: list[int] = []
+        self.polls = False
+        self.rolled_back = ""
+        self.waits_for = ""
+
+    def run(self) -> Rollout:
+        c = self.c
+        if c.target is None:
+            for revision in list(self.revisions.values()):
+                self._drain(revision.name)
+                self._forget_when_gone(revision.name)
+        else:
+            self._toward(c.target)
+        return self._answer()
+
+    # What is wanted
+
+    def _toward(self, target: str) -> None:
+        c = self.c
+        own = self.revisions.get(target, Revision(target))
+        if own.phase == Phase.FAILED and own.failed_generation != c.generation:
+            own = Revision(target)  # the spec has changed since: it gets another chance
+        self.revisions[target] = own
+        if own.phase == Phase.FAILED:
+            self._return_home(target)
+            return
+        home = self._home(target)
+        if home is None:
+            self._alone(target)
+        elif self._leads_at_once(target, home):
+            self._serve(target)
+            self._drain_others({target})
+        elif c.strategy == UpgradeStrategy.SURGE:
+            self._surge(target, home)
+        else:
+            self._replace(target)
+
+    def _home(self, target: str) -> str | None:
+        """The revision that serves now, if another than the target does."""
+        running = [
+            revision
+            for revision in self.revisions.values()
+            if revision.name != target
+            and revision.phase != Phase.FAILED
+            and self.c.sight(revision.name).exists
+            and not self.c.sight(revision.name).deleting
+        ]
+        if not running:
+            return None
+        return max(running, key=lambda r: (r.weight, r.phase == Phase.SERVING, r.drain_deadline or 0, r.name)).name
+
+    def _leads_at_once(self, target: str, home: str) -> bool:
+        """A revision that has proven itself, or faces one that does not answer, needs no steps."""
+        sight = self.c.sight(target)
+        proven = self.revisions[target].phase in (Phase.SERVING, Phase.DRAINING)
+        return sight.ready and not sight.deleting and (proven or not self.c.sight(home).ready)
+
+    # Ways to go
+
+    def _alone(self, target: str) -> None:
+        """Nothing else runs: the first start, or the second half of Bridge and Recreate."""
+        own, sight = self.revisions[target], self.c.sight(target)
+        if sight.ready and not sight.deleting:
+            self._serve(target)
+            self._drain_others({target})
+            return
+        if own.phase == Phase.SERVING and sight.exists:
+            self.wanted.add(target)  # it will be back: gateways bridge a revision that is not ready by themselves
+            self._drain_others({target})
+            return
+        kept = [r.name for r in self.revisions.values() if r.name != target and r.phase != Phase.FAILED]
+        gone = [name for name in kept if not self.c.sight(name).exists]
+        for name in kept:
+            if name not in gone:
+                self._drain(name)
+        if any(self.c.sight(name).exists for name in self.revisions if name != target):
+            self._drain_failed(target)
+            self._wait(target, "waits until the revision before is gone")
+            return
+        started = self._start(target)
+        if gone and self._overdue(started):
+            self._fail(target, "did not become ready in time")
+
+    def _surge(self, target: str, home: str) -> None:
+        c, own, sight = self.c, self.revisions[target], self.c.sight(target)
+        self._keep(home)
+        self._drain_others({target, home})
+        extras = [n for n in self.revisions if n not in (target, home) and c.sight(n).exists]
+        if not sight.exists and extras:
+            self._wait(target, f"waits until {extras[0]} is gone")
+            self._share(target, home, 0)
+            return
+        if own.phase in (Phase.PENDING, Phase.STARTING, Phase.DRAINING):
+            started = self._start(target)
+            self._share(target, home, 0)
+            if sight.ready and not sight.deleting:
+                self._step(target, home, c.steps[0])
+            elif self._overdue(started):
+                self._fail(target, "did not become ready in time")
+            return
+        self.wanted.add(target)
+        self._promote(target, home)
+
+    def _promote(self, target: str, home: str) -> None:
+        c, own, sight = self.c, self.revisions[target], self.c.sight(target)
+        self.polls = True
+        started = own.step_started_at if own.step_started_at is not None else c.now
+        self._share(target, home, own.weight)
+        if not sight.exists or sight.deleting:
+            self._fail(target, "was deleted while traffic moved to it")
+            return
+        if not sight.ready:
+            since = sight.unready_since if sight.unready_since is not None else c.now
+            if c.now - since >= UNREADY_GRACE_S:
+                self._fail(target, f"was not ready for {UNREADY_GRACE_S} s at {own.weight} % of the traffic")
+            else:
+                self.times.append(since + UNREADY_GRACE_S)
+            return
+        why = self._slo_broken(target, home)
+        if why and c.rollback_on_slo_miss:
+            self._fail(target, why)
+            return
+        if why:
+            self.waits_for = f"{target} {why}; rollbackOnSloMiss is off, so the step waits"
+            return
+        if not c.acknowledged:
+            self.waits_for = "waits until every gateway uses the new weights"
+            return
+        if c.now < started + c.step_s:
+            self.times.append(started + c.step_s)
+            return
+        following = [step for step in c.steps if step > own.weight]
+        if following:
+            self._step(target, home, following[0])
+        else:
+            self._serve(target)
+            self._drain_others({target})
+
+    def _slo_broken(self, target: str, home: str) -> str:
+        new, old = self.c.sight(target), self.c.sight(home)
+        count = new.met + new.missed
+        if count < SLO_MIN_REQUESTS:
+            return ""
+        share = new.met / count
+        if share >= SLO_SHARE:
+            return ""
+        before = old.met + old.missed
+        if before >= SLO_MIN_REQUESTS and share >= old.met / before - SLO_SLACK:
+            return ""  # the load is to blame, not the revision
+        return f"kept the SLO for {share:.1%} of {count} requests"
+
+    def _replace(self, target: str) -> None:
+        """Bridge and Recreate: the old one goes first; no request goes to a local revision meanwhile."""
+        self._drain_others({target})
+        if self.c.sight(target).exists:  # left from another strategy: it may come up while the old one drains
+            started = self._start(target)
+            if self._overdue(started):
+                self.waits_for = f"{target} is not ready"
+        else:
+            self._wait(target, "waits until the revision before has drained")
+
+    def _return_home(self, target: str) -> None:
+        """The target has failed: the revision before serves again, made anew where it is gone."""
+        own = self.revisions[target]
+        self.rolled_back = own.message or f"{target} failed"
+        candidates = [r for r in self.revisions.values() if r.name != target and r.phase != Phase.FAILED]
+        home = self._home(target) or (max(candidates, key=lambda r: r.name).name if candidates else None)
+        self._drain_failed(target)
+        if home is None:
+            return
+        self._drain_others({target, home})
+        sight = self.c.sight(home)
+        if sight.exists and not sight.deleting:
+            self._serve(home) if sight.ready or self.revisions[home].phase == Phase.SERVING else self._start(home)
+        elif self.c.sight(target).exists:
+            self._wait(home, f"waits until {target} is gone")
+        else:
+            self._start(home)
+
+    # Pieces
+
+    def _set(self, name: str, **changes: object) -> Revision:
+        found = replace(self.revisions[name], **changes)  # type: ignore[arg-type]
+        self.revisions[name] = found
+        return found
+
+    def _wait(self, name: str, why: str) -> None:
+        self._set(name, phase=Phase.PENDING, weight=0, step_started_at=None, drain_deadline=None, message=why)
+        self.waits_for = f"{name} {why}"
+
+    def _start(self, name: str) -> Revision:
+        own = self.revisions[name]
+        self.wanted.add(name)
+        if own.phase != Phase.STARTING or own.step_started_at is None:
+            own = self._set(name, phase=Phase.STARTING, weight=0, step_started_at=self.c.now, drain_deadline=None)
+        own = self._set(name, message=None)
+        if own.step_started_at is not None and self.c.now < own.step_started_at + self.c.progress_s:
+            self.times.append(own.step_started_at + self.c.progress_s)
+        return own
+
+    def _overdue(self, started: Revision) -> bool:
+        return started.step_started_at is not None and self.c.now >= started.step_started_at + self.c.progress_s
+
+    def _step(self, target: str, home: str, weight: int) -> None:
+        self._set(target, phase=Phase.PROMOTING, step_started_at=self.c.now, drain_deadline=None, message=None)
+        self._share(target, home, weight)
+        self.polls = True
+        self.times.append(self.c.now + self.c.step_s)
+
+    def _share(self, target: str, home: str, weight: int) -> None:
+        self._set(target, weight=weight)
+        self._set(home, weight=100 - weight)
+
+    def _keep(self, home: str) -> None:
+        self.wanted.add(home)
+        self._set(home, phase=Phase.SERVING, drain_deadline=None, message=None)
+
+    def _serve(self, name: str) -> None:
+        self.wanted.add(name)
+        own = self.revisions[name]
+        at = own.step_started_at if own.phase == Phase.SERVING and own.weight == 100 else self.c.now
+        self._set(name, phase=Phase.SERVING, weight=100, step_started_at=at, drain_deadline=None, message=None)
+
+    def _drain_others(self, kept: set[str]) -> None:
+        for name in list(self.revisions):
+            if name in kept:
+                continue
+            if self.revisions[name].phase == Phase.FAILED:
+                self._drain_failed(name)
+            else:
+                self._drain(name)
+            if self._settled(kept):
+                self._forget_when_gone(name)
+
+    def _settled(self, kept: set[str]) -> bool:
+        """Nothing may have to return any more: what is gone can be forgotten."""
+        return any(self.revisions[name].phase == Phase.SERVING for name in kept if name in self.revisions)
+
+    def _drain(self, name: str) -> None:
+        own, sight = self.revisions[name], self.c.sight(name)
+        deadline = own.drain_deadline if own.drain_deadline is not None else self.c.now + self.c.drain_s
+        own = self._set(name, phase=Phase.DRAINING, weight=0, step_started_at=None, drain_deadline=deadline)
+        self._hold_until_drained(own, sight)
+
+    def _drain_failed(self, name: str) -> None:
+        own, sight = self.revisions[name], self.c.sight(name)
+        if own.phase != Phase.FAILED:
+            return
+        deadline = own.drain_deadline if own.drain_deadline is not None else self.c.now + self.c.drain_s
+        self._hold_until_drained(self._set(name, weight=0, drain_deadline=deadline), sight)
+
+    def _hold_until_drained(self, own: Revision, sight: Sight) -> None:
+        if not sight.exists or sight.deleting:
+            return
+        before = next((r for r in self.c.revisions if r.name == own.name), None)
+        told = before is not None and before.drain_deadline is not None and self.c.acknowledged
+        empty = told and sight.in_flight == 0
+        if empty or self.c.now >= (own.drain_deadline or 0):
+            return
+        self.wanted.add(own.name)
+        self.times.append(own.drain_deadline or self.c.now)
+        self.polls = True
+
+    def _forget_when_gone(self, name: str) -> None:
+        own = self.revisions[name]
+        if not self.c.sight(name).exists and own.phase in (Phase.DRAINING, Phase.FAILED) and name != self.c.target:
+            del self.revisions[name]
+
+    def _fail(self, name: str, why: str) -> None:
+        self._set(
+            name,
+            phase=Phase.FAILED,
+            weight=0,
+            step_started_at=None,
+            drain_deadline=self.c.now + self.c.drain_s,
+            failed_generation=self.c.generation,
+            message=f"{name} {why}",
+        )
+        self.wanted.discard(name)
+        self._return_home(name)
+
+    def _answer(self) -> Rollout:
+        c = self.c
+        revisions = tuple(self.revisions.values())
+        before = {revision.name: revision.weight for revision in c.revisions}
+        after = {revision.name: revision.weight for revision in revisions}
+        version = c.weights_version
+        if version == 0 or _spread(before) != _spread(after):
+            version = max(version, c.highest_version) + 1
+        elif c.highest_version > version:
+            version = c.highest_version + 1  # a status that was lost: gateways keep to the highest that they know
+        polls = self.polls or (c.gateways_version is not None and c.gateways_version < version)
+        waits = [moment - c.now for moment in self.times if moment > c.now]
+        if polls:
+            waits.append(POLL_S)
+        return Rollout(
+            revisions=revisions,
+            wanted=frozenset(self.wanted),
+            weights_version=version,
+            in_motion=polls or any(r.phase not in (Phase.SERVING, Phase.FAILED) for r in revisions),
+            rolled_back=self.rolled_back,
+            waits_for=self.waits_for,
+            requeue_s=float(min(waits)) if waits else None,
+        )
+
+
+def _spread(weights: dict[str, int]) -> dict[str, int]:
+    return {name: weight for name, weight in weights.items() if weight}
