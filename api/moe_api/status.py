@@ -83,6 +83,9 @@ class RevisionStatus(SpecModel):
     renderer_version: Word | None = told("Version of the renderer that wrote it.")
     created_at: Time | None = told("When it was made.")
     step_started_at: Time | None = told("When its weight was set.")
+    slo_percent: Annotated[int, Field(strict=True, ge=0, le=100)] | None = told(
+        "Requests within the SLO when the last step away from it began.", unit="percent"
+    )
     drain_deadline: Time | None = told("When it is deleted whatever is in flight.")
     failed_generation: Generation | None = told("Generation of the spec for which it failed; it is not tried again.")
     message: Sentence | None = told("Why it stands there.")

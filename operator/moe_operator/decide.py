@@ -291,6 +291,7 @@ def _revision(snapshot: Snapshot, name: str, rollout: Rollout) -> RevisionStatus
             "stepStartedAt": None if own.step_started_at is None else rfc3339(own.step_started_at),
             "drainDeadline": None if own.drain_deadline is None else rfc3339(own.drain_deadline),
             "failedGeneration": own.failed_generation,
+            "sloPercent": own.slo_percent,
             "message": own.message or (snapshot.facts(name).message or None if exists else None),
         }
     )

@@ -35,6 +35,8 @@ class Revision:
     drain_deadline: int | None = None
     failed_generation: int | None = None
     message: str | None = None
+    slo_percent: int | None = None
+    """Share of its requests within the SLO when the last step away from it began: what the next one is held to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +193,7 @@ class _Turn:
         kept = [r.name for r in self.revisions.values() if r.name != target and r.phase != Phase.FAILED]
         gone = [name for name in kept if not self.c.sight(name).exists]
         for name in kept:
-            if name not in gone:
-                self._drain(name)
+            self._drain(name)
         if any(self.c.sight(name).exists for name in self.revisions if name != target):
             self._drain_failed(target)
             self._wait(target, "waits until the revision before is gone")
@@ -264,8 +265,10 @@ class _Turn:
         share = new.met / count
         if share >= SLO_SHARE:
             return ""
-        before = old.met + old.missed
-        if before >= SLO_MIN_REQUESTS and share >= old.met / before - SLO_SLACK:
+        before = self._percent(old)
+        if before is None:
+            before = self.revisions[home].slo_percent  # it takes no traffic at the last step
+        if before is not None and share >= before / 100 - SLO_SLACK:
             return ""  # the load is to blame, not the revision
         return f"kept the SLO for {share:.1%} of {count} requests"
 
@@ -297,6 +300,11 @@ class _Turn:
         else:
             self._start(home)
 
+    @staticmethod
+    def _percent(sight: Sight) -> int | None:
+        count = sight.met + sight.missed
+        return round(100 * sight.met / count) if count >= SLO_MIN_REQUESTS else None
+
     # Pieces
 
     def _set(self, name: str, **changes: object) -> Revision:
@@ -323,6 +331,9 @@ class _Turn:
 
     def _step(self, target: str, home: str, weight: int) -> None:
         self._set(target, phase=Phase.PROMOTING, step_started_at=self.c.now, drain_deadline=None, message=None)
+        percent = self._percent(self.c.sight(home))
+        if percent is not None:
+            self._set(home, slo_percent=percent)
         self._share(target, home, weight)
         self.polls = True
         self.times.append(self.c.now + self.c.step_s)
@@ -339,7 +350,15 @@ class _Turn:
         self.wanted.add(name)
         own = self.revisions[name]
         at = own.step_started_at if own.phase == Phase.SERVING and own.weight == 100 else self.c.now
-        self._set(name, phase=Phase.SERVING, weight=100, step_started_at=at, drain_deadline=None, message=None)
+        self._set(
+            name,
+            phase=Phase.SERVING,
+            weight=100,
+            step_started_at=at,
+            drain_deadline=None,
+            message=None,
+            slo_percent=None,
+        )
 
     def _drain_others(self, kept: set[str]) -> None:
         for name in list(self.revisions):

@@ -77,6 +77,7 @@ class Snapshot:
                 drain_deadline=unix_s(r.drain_deadline),
                 failed_generation=r.failed_generation,
                 message=r.message or None,
+                slo_percent=r.slo_percent,
             )
             for r in self.status.revisions
         )
