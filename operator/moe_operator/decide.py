@@ -302,7 +302,7 @@ def _ready_replicas(snapshot: Snapshot, name: str) -> int:
     if not snapshot.facts(name).ready:
         return 0
     record = snapshot.records.get(name)
-    pods = max(1, int(record.plan.get("nodesPerReplica", 1))) if record is not None else 1
+    pods = record.nodes_per_replica if record is not None else 1
     for child in snapshot.of_kind(k.RAY_CLUSTER):
         if isinstance(child.facts, ClusterFacts) and child.facts.service == name and not child.deleting:
             return child.facts.workers // pods
@@ -315,11 +315,7 @@ def _plan(snapshot: Snapshot, rollout: Rollout | None) -> PlanStatus | None:
         return snapshot.status.plan
     leader = max(rollout.revisions, key=lambda r: (r.weight, r.name in rollout.wanted))
     record = snapshot.records.get(leader.name)
-    plan = record.plan if record is not None else None
-    if plan is None:
-        return snapshot.status.plan
-    known = {info.alias or name for name, info in PlanStatus.model_fields.items()}
-    return PlanStatus.model_validate({key: value for key, value in plan.items() if key in known})
+    return PlanStatus.model_validate(record.plan) if record is not None else snapshot.status.plan
 
 
 def describe(owner: Owner, plan: Plan) -> list[str]:

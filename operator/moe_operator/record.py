@@ -22,7 +22,8 @@ class RevisionRecord(Model):
     renderer: str = Field(description="version of the renderer that wrote it")
     spec: dict[str, Any] = Field(description="the whole spec at birth, as JSON")
     image: str = Field(description="the engine's image")
-    plan: dict[str, Any] = Field(description="the plan at birth: parallelism, ceilings, memory")
+    plan: dict[str, Any] = Field(description="the plan at birth, in the form of status.plan")
+    nodes_per_replica: int = Field(default=1, ge=1, description="pods of one replica")
     serving: ServingConfig = Field(description="arguments of the Serve application")
     cluster: dict[str, Any] = Field(description="spec of the RayService but serveConfigV2")
 
