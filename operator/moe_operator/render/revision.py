@@ -60,7 +60,8 @@ def pin(
         renderer=RENDERER_VERSION,
         spec=resource.to_json()["spec"],
         image=image,
-        plan=_plan_json(plan),
+        plan=plan.to_status().to_json(),
+        nodes_per_replica=plan.nodes_per_replica,
         serving=serving,
         cluster=cluster.service_spec(engine),
     )
@@ -153,9 +154,3 @@ def _unrenderable(resource: MoEDeployment) -> tuple[Problem, ...]:
     if accelerator == accelerators.CPU and spec.experts.redundant:
         found.append(Problem("spec.experts.redundant", "redundant experts need GPUs", "set it to 0"))
     return tuple(found)
-
-
-def _plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as it was, for people."""
-    launch = {"nodesPerReplica": plan.nodes_per_replica, "gpusPerNode": plan.gpus_per_node}
-    return {**plan.to_status().to_json(), **launch}
