@@ -39,6 +39,7 @@ FIGURES_S = 1.0
 PLAIN_FIGURES_S = 10.0
 LOCK = "lock"
 KEY = "signing.pem"
+SECRETS = "secrets"
 STOP_MARGIN_S = 20.0
 CHAT_S = 120.0
 CHAT_PROMPT = "Which experts answer this?"
@@ -73,7 +74,7 @@ def up(options: UpOptions, say: Say) -> Exit:
         remedy = "name the base of an OpenAI-compatible API, such as http://127.0.0.1:9000/v1"
         raise Refusal(Problem(field="--fallback-url", message=f"{options.fallback_url!r} is no address", remedy=remedy))
     refuse_taken({"--port": options.port, "--prometheus-port": options.prometheus_port})
-    found, to_write = preflight.find_secrets(resource, options.secrets, folder / "secrets")
+    found, to_write = preflight.find_secrets(resource, options.secrets, folder / SECRETS)
     signer = Signer.generate()
     wanted = plan(
         resource,
@@ -132,12 +133,14 @@ def _folder(folder: Path) -> Iterator[int]:
 
 
 def _clear(folder: Path, say: Say) -> None:
-    """End what a crashed supervisor left behind, and remove its state and Prometheus' old samples."""
+    """End what a crashed supervisor left behind, and remove its state, its secrets and Prometheus' old samples."""
     state = read_state(folder)
     if state is not None and not state.ended and (count := processes.end_marked(state.stack_id)):
         say.line(f"ended {count} processes that a crashed stack had left behind")
+    before = read_plan(folder)
+    wipe(before.wipe if before is not None else ())
     (folder / STATE).unlink(missing_ok=True)
-    for name in ("prometheus", "logs"):
+    for name in ("prometheus", "logs", SECRETS):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -68,20 +68,27 @@ def find_secrets(
     """Files with the secrets that fallback targets refer to, and what is still to be written to some of them.
 
     In this order: `--secret NAME/KEY=FILE`, the environment (to be written into `folder`, for its owner alone), and
-    $XDG_CONFIG_HOME/moestack/secrets/NAME/KEY. Raises Refusal for an option that cannot be used.
+    $XDG_CONFIG_HOME/moestack/secrets/NAME/KEY. Raises Refusal for an option that cannot be used, and for a variable
+    that stands for two secrets: one API's key must not go to another.
     """
     options = parse_secret_options(given)
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "moestack" / "secrets"
     found: dict[tuple[str, str], Path] = {}
     to_write: dict[Path, str] = {}
+    variables: dict[str, tuple[str, str]] = {}
     for target in resource.spec.fallback.targets:
         if target.secret_ref is None:
             continue
         name, key = target.secret_ref.name, target.secret_ref.key
         if (name, key) in options:
             found[name, key] = options[name, key]
-        elif value := os.environ.get(env_name(name, key)):
-            found[name, key] = folder / f"{name}.{key}"
+        elif value := os.environ.get(variable := env_name(name, key)):
+            first = variables.setdefault(variable, (name, key))
+            if first != (name, key):
+                message = f"stands for {'/'.join(first)} and for {name}/{key}"
+                raise Refusal(Problem(field=variable, message=message, remedy="give each by --secret NAME/KEY=FILE"))
+            # A Secret's name holds no "_", so that no two references share a file.
+            found[name, key] = folder / f"{name}__{key}"
             to_write[found[name, key]] = value
         elif (config / name / key).is_file():
             found[name, key] = config / name / key

@@ -91,10 +91,10 @@ def end_marked(stack_id: str, *, besides: Collection[int] = (), grace_s: float =
     return total
 
 
-def signal_group(pid: int, sign: signal.Signals) -> None:
-    """Signal the process group that a child leads. Children lead their own: each is started in a new session."""
+def kill_group(pid: int) -> None:
+    """Kill the process group that a child leads. Children lead their own: each is started in a new session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, sign)
+        os.killpg(pid, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:

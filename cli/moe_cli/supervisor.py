@@ -279,12 +279,14 @@ class Supervisor:
             return
         if child.returncode is None:
             self._update(part.name, phase=Phase.STOPPING)
-            processes.signal_group(child.pid, signal.SIGTERM)
+            # Its leader alone: it ends its own children in order. The engine's needs Ray, which would go at once.
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
             try:
                 await asyncio.wait_for(child.wait(), part.stop_s)
             except TimeoutError:
                 log.warning("part does not end on SIGTERM: killed", part=part.name, after_s=part.stop_s)
-        processes.signal_group(child.pid, signal.SIGKILL)  # also what is left of a group whose leader is gone
+        processes.kill_group(child.pid)  # also what is left of a group whose leader is gone
         code = await child.wait()
         row = self.state.part(part.name)
         if row is not None and row.phase is not Phase.FAILED:

@@ -2,7 +2,8 @@
 
 Behaviour by the environment variable FAKE_SERVING (set by the test for the whole stack): "ok", "refuse" (a fault in
 words, exit code 3), "crash" (dies while it starts), "stubborn" (ignores SIGTERM), "litter" (leaves a detached child
-that has lost its mark). A POST to /crash ends it with exit code 9.
+that has lost its mark), "needs-its-child" (says in a file whether its child was still there when it was told to end).
+A POST to /crash ends it with exit code 9.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ def litter() -> None:
     """As Ray's daemons may: a session of its own, an environment without the mark, a parent that is gone."""
     command = f"{sys.executable} -c 'import time; time.sleep(600)' >/dev/null 2>&1 & echo $! > litter.pid"
     subprocess.run(["setsid", "sh", "-c", command], env={"PATH": os.environ["PATH"]}, check=True)
+
+
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", "600"])
+
+
+def look_at(child: subprocess.Popen[bytes]) -> None:
+    Path("child.txt").write_text("there" if child.poll() is None else "gone")
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
@@ -114,8 +123,12 @@ async def serve(config: ServingConfig, mode: str) -> None:
     tell(stage="engine", state="done")
     if mode == "litter":
         litter()
+    child = sleeper() if mode == "needs-its-child" else None
     tell(ready=True, url=f"http://127.0.0.1:{port}/v1", boardUrl=f"http://127.0.0.1:{board_port}", pids=[os.getpid()])
     await stop.wait()
+    if child is not None:
+        await asyncio.sleep(0.3)  # a signal to the whole group would have reached it by now
+        look_at(child)
 
 
 async def _json(value: Any) -> web.Response:

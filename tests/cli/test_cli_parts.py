@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moe_api.v1alpha1 import MoEDeployment
 from moe_cli import announce, live, ports
 from moe_cli.bind import Unbound, bind, references
 from moe_cli.checkpoint import CheckpointFacts, hub_snapshot, inspect
@@ -22,6 +23,7 @@ from moe_cli.preflight import find_checkpoint, find_secrets, memory_bytes
 from moe_cli.processes import Proc, tail
 from moe_cli.say import Say
 from moe_cli.status import Figures, Report, figures
+from moe_cli.targets import env_name
 from moe_core.wire import EngineDigest, ExpertKnobs, GatewayDigest, LayerDigest, Overflow, ReplicaDigest
 from tests.cli.cli_world import resource, write_checkpoint
 
@@ -112,11 +114,48 @@ def test_secrets_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     configured.write_text("k1")
     assert find_secrets(wanted, (), folder) == ({key: configured}, {})
     monkeypatch.setenv("MOESTACK_SECRET_OPENAI_APIKEY", "k2")
-    assert find_secrets(wanted, (), folder) == ({key: folder / "openai.apiKey"}, {folder / "openai.apiKey": "k2"})
+    assert find_secrets(wanted, (), folder) == ({key: folder / "openai__apiKey"}, {folder / "openai__apiKey": "k2"})
     given = tmp_path / "key.txt"
     given.write_text("k3")
     assert find_secrets(wanted, (f"openai/apiKey={given}",), folder) == ({key: given}, {})
     assert not folder.exists(), "looking writes nothing"
+
+
+def refer(*references: tuple[str, str]) -> MoEDeployment:
+    """A resource with a target for each secret."""
+    (target,) = FALLBACK["targets"]
+    targets = [
+        {**target, "name": f"g{index}", "secretRef": {"name": name, "key": key}}
+        for index, (name, key) in enumerate(references)
+    ]
+    return resource(fallback={**FALLBACK, "targets": targets})
+
+
+def test_no_two_secrets_share_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that read alike when joined, and keys that look like a way out of the folder."""
+    references = [("a.b", "c"), ("a", "b.c"), ("a", "__b"), ("b", ".."), ("b", ".")]
+    files = []
+    for name, key in references:
+        monkeypatch.setenv(env_name(name, key), "k")
+        _, to_write = find_secrets(refer((name, key)), (), tmp_path)
+        files += to_write
+    assert len(set(files)) == len(references)
+    assert {file.resolve().parent for file in files} == {tmp_path.resolve()}
+
+
+def test_a_variable_that_stands_for_two_secrets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = refer(("a.b", "c"), ("a", "b.c"))
+    monkeypatch.setenv("MOESTACK_SECRET_A_B_C", "not-a-real-key")
+    with pytest.raises(Refusal) as refused:
+        find_secrets(alike, (), tmp_path)
+    assert "stands for a.b/c and for a/b.c" in str(refused.value)
+    assert "not-a-real-key" not in str(refused.value)
+    (tmp_path / "key").write_text("k")
+    found, to_write = find_secrets(alike, (f"a/b.c={tmp_path / 'key'}",), tmp_path)
+    assert (len(found), list(to_write.values())) == (2, ["not-a-real-key"])
+    same = refer(("openai", "k"), ("openai", "k"))
+    monkeypatch.setenv("MOESTACK_SECRET_OPENAI_K", "k")
+    assert len(find_secrets(same, (), tmp_path)[0]) == 1, "two targets may share one secret"
 
 
 def test_a_container_has_its_share_of_the_memory(tmp_path: Path) -> None:

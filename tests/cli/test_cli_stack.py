@@ -222,6 +222,14 @@ def test_a_part_that_ignores_sigterm_is_killed(bench: Bench) -> None:
     assert bench.left() == []
 
 
+def test_a_part_is_told_to_end_before_its_children_are(bench: Bench) -> None:
+    """The engine's process ends its replicas through Ray, which it has started: Ray must be there for that."""
+    assert bench.up(mode="needs-its-child")[0] == Exit.OK
+    assert bench.run("down")[0] == Exit.OK
+    assert (bench.folder / "child.txt").read_text() == "there"
+    assert bench.left() == []
+
+
 def test_what_a_part_detaches_without_the_mark_is_ended_too(bench: Bench) -> None:
     assert bench.up(mode="litter")[0] == Exit.OK
     litter = psutil.Process(int((bench.folder / "litter.pid").read_text()))
@@ -293,7 +301,7 @@ def test_a_secret_from_the_environment_is_nowhere_in_sight_and_gone_at_the_end(b
     key = "not-a-real-key-0123"
     code, out, err = bench.up(MOESTACK_SECRET_OPENAI_APIKEY=key)
     assert code == Exit.OK, err
-    path = bench.state_dir / "secrets" / "openai.apiKey"
+    path = bench.state_dir / "secrets" / "openai__apiKey"
     assert (path.read_text(), path.stat().st_mode & 0o777) == (key, 0o600)
     written = [
         p for p in bench.state_dir.rglob("*") if p.is_file() and p.suffix in (".json", ".log") and key in p.read_text()
@@ -301,3 +309,18 @@ def test_a_secret_from_the_environment_is_nowhere_in_sight_and_gone_at_the_end(b
     assert (key in out + err, written) == (False, [])
     assert bench.run("down")[0] == Exit.OK
     assert not path.exists()
+
+
+def test_the_next_up_wipes_the_secrets_of_a_killed_stack(bench: Bench) -> None:
+    target = {"name": "gpt", "provider": "openai", "model": "m", "secretRef": {"name": "openai", "key": "apiKey"}}
+    bench.file = write_resource(bench.folder, fallback={"targets": [target], "budget": {"usdPerDay": "1"}})
+    assert bench.up(MOESTACK_SECRET_OPENAI_APIKEY="not-a-real-key-0123")[0] == Exit.OK
+    state = bench.await_state(is_up)
+    path = bench.state_dir / "secrets" / "openai__apiKey"
+    os.kill(state.supervisor.pid, signal.SIGKILL)
+    eventually(lambda: not bench.left())
+    assert path.exists()
+    bench.file = write_resource(bench.folder)
+    assert bench.up()[0] == Exit.OK
+    assert not path.exists()
+    assert bench.run("down")[0] == Exit.OK

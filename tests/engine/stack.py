@@ -1,4 +1,7 @@
-"""A stack started by `moectl up` for tests: the same command that a person gives, in its own state folder."""
+"""A stack started by `moectl up` for tests: the same command that a person gives, in its own state folder.
+
+Also the environment of every process that the engine's tests start.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,21 @@ PACKAGES = ("api", "core", "planner", "kube", "operator", "serving", "gateway", 
 T = TypeVar("T")
 
 
+def environment() -> dict[str, str]:
+    """This process's environment, with our packages to import."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in PACKAGES)}
+
+
 class Stack:
     """Commands and endpoints of one stack."""
 
     def __init__(self, state_dir: Path) -> None:
         self.state_dir = state_dir
-        self.env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in PACKAGES)}
 
     def moectl(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "moe_cli.main", *arguments, "--state-dir", str(self.state_dir)],
-            env=self.env,
+            env=environment(),
             capture_output=True,
             text=True,
             timeout=timeout,

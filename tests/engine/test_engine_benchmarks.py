@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.engine
+from tests.engine.stack import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("api", "core", "serving", "gateway", "tuner", "cli")
+pytestmark = pytest.mark.engine
 
 
 def test_startup() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.startup", "--runs", "1", "--warm-up", "0", "--only", "up"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in PACKAGES)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from decimal import Decimal
@@ -14,12 +13,12 @@ import pytest
 
 from moe_core.capacity import Tokens, assign, capacity
 from moe_core.wire import Overflow
+from tests.engine.stack import environment
 
 pytestmark = pytest.mark.engine
 
 torch = pytest.importorskip("torch")
 
-ROOT = Path(__file__).parents[2]
 EXPERTS, TOP_K, RANKS = 16, 4, 2
 HOT = (0, 1, 2)
 SHAPE = {"hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 3}
@@ -51,10 +50,9 @@ def run_engine(folder: Path, ranks: int) -> Run:
             }
         )
     )
-    path = os.pathsep.join(str(ROOT / name) for name in ("api", "core", "serving"))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline.py")), str(job)],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,

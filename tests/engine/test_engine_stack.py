@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,10 +24,8 @@ import pytest
 import requests
 
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs, Overflow
-
-sys.path.insert(0, str(Path(__file__).parent))
-from stack import Stack, until
-from upstream import ClosedApi, closed_api
+from tests.engine.stack import Stack, until
+from tests.engine.upstream import ClosedApi, closed_api
 
 pytestmark = pytest.mark.engine
 
@@ -353,9 +350,19 @@ def test_knobs_outlive_the_replica(stack: Stack) -> None:
 
 
 def test_down_leaves_nothing(stack: Stack) -> None:
+    """Right after traffic, and without the kill that would leave Ray's folder."""
     ours = stack.state["stackId"]
+    folders = {word.split("=", 1)[1] for p in stack.processes("raylet") for word in p.cmdline() if "temp_dir=" in word}
+    assert len(folders) == 1
+    with streams(stack, 4) as load:
+        until(lambda: load.ok > 2, 60, "traffic flows")
+    started = time.monotonic()
     done = stack.moectl("down", timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
+    print(f"down took {time.monotonic() - started:.1f} s")
+    assert time.monotonic() - started < 30
+    assert [folder for folder in folders if Path(folder).exists()] == []
+    assert "killed" not in (stack.state_dir / "logs" / "supervisor.log").read_text()
     left = []
     for process in psutil.process_iter():
         try:

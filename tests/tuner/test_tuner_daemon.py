@@ -27,7 +27,7 @@ from moe_tuner.slow import SlowLoop
 from moe_tuner.study import Study
 from moe_tuner.world import World
 from tests.tuner.fakes import DEPLOYMENT, FakeBoard, FakeGateway, InstantClock, served
-from tests.tuner.tuner_world import setting
+from tests.tuner.tuner_world import measured, setting
 
 GONE = Unmeasured(reason="Prometheus at http://p:9090 does not answer", source_down=True)
 
@@ -56,21 +56,6 @@ def better_when_capped(in_force: Setting) -> Measurement:
 
 def worse_when_touched(in_force: Setting) -> Measurement:
     return measured(busy_s_per_ktoken=0.3 if in_force.prefill_cap is None else 0.6)
-
-
-def measured(**changes: object) -> Measurement:
-    base = Measurement(
-        requests=200,
-        requests_per_s=20,
-        prompt_tokens=300,
-        output_tokens=60,
-        busy_s_per_ktoken=0.3,
-        ttft_p95_s=0.2,
-        itl_p95_s=0.02,
-        failed_share=0.0,
-        lost_gate_mass=0.001,
-    )
-    return base.model_copy(update=changes)
 
 
 @dataclass

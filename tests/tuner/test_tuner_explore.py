@@ -14,25 +14,10 @@ from moe_tuner.explore import Do, End, ExploreContext, ExploreState, Nothing, Ph
 from moe_tuner.measure import Measurement, Outcome, Unmeasured, judge, noise_of, shifted
 from moe_tuner.space import Space, candidate, space_of
 from moe_tuner.study import StorageUnreachable, Study, public_storage
-from tests.tuner.tuner_world import BOUNDS, SLO, setting
+from tests.tuner.tuner_world import BOUNDS, SLO, measured, setting
 
 WINDOW_S = 10.0
 MAX_LOST = 0.02
-
-
-def window(**changes: object) -> Measurement:
-    base = Measurement(
-        requests=200,
-        requests_per_s=20,
-        prompt_tokens=300,
-        output_tokens=60,
-        busy_s_per_ktoken=0.3,
-        ttft_p95_s=0.4,
-        itl_p95_s=0.03,
-        failed_share=0.0,
-        lost_gate_mass=0.0,
-    )
-    return base.model_copy(update=changes)
 
 
 @dataclass
@@ -99,7 +84,7 @@ def knee(in_force: Setting, rng: random.Random) -> Measurement:
     gamma = 2.2 if in_force.prefill_cap is None else float(in_force.prefill_cap)
     seqs = in_force.engine.max_active_seqs or 16
     cost = 0.2 * (1 + 0.5 * (gamma - 1.0)) * (1 + 0.5 * abs(40 - seqs) / 40)
-    return window(
+    return measured(
         requests=200 + rng.gauss(0, 8),
         busy_s_per_ktoken=cost * rng.gauss(1, 0.01),
         lost_gate_mass=0.0 if in_force.prefill_cap is None else 0.02 * max(0.0, 2.3 - gamma) ** 4 / 1.15**4,
@@ -111,7 +96,7 @@ def harmful(in_force: Setting, rng: random.Random) -> Measurement:
     """Any cap costs quality, and any other batch size costs time."""
     capped = in_force.prefill_cap is not None
     dearer = 1.0 if in_force.engine.max_active_seqs == 16 else 1.4
-    return window(busy_s_per_ktoken=0.3 * dearer * rng.gauss(1, 0.01), lost_gate_mass=0.08 if capped else 0.0)
+    return measured(busy_s_per_ktoken=0.3 * dearer * rng.gauss(1, 0.01), lost_gate_mass=0.08 if capped else 0.0)
 
 
 def memory_study(seed: int = 3) -> Study:
@@ -223,26 +208,26 @@ def test_unsteady_traffic_explores_nothing() -> None:
 
     def unsteady(_: Setting, __: random.Random) -> Measurement:
         rate = next(rates)
-        return window(requests=rate * 10, requests_per_s=rate)
+        return measured(requests=rate * 10, requests_per_s=rate)
 
     assert not Bench(memory_study(), unsteady).run(600).applied()
 
 
 def test_an_incumbent_that_breaks_the_slo_is_left_to_the_fast_loop() -> None:
-    bench = Bench(memory_study(), lambda *_: window(ttft_p95_s=1.5)).run(300)
+    bench = Bench(memory_study(), lambda *_: measured(ttft_p95_s=1.5)).run(300)
     assert not bench.applied()
 
 
 def test_a_shift_between_the_windows_of_a_pair_censors_the_trial() -> None:
     def shifts(in_force: Setting, rng: random.Random) -> Measurement:
-        return knee(in_force, rng) if in_force == setting(seqs=16) else window(requests=900, requests_per_s=90)
+        return knee(in_force, rng) if in_force == setting(seqs=16) else measured(requests=900, requests_per_s=90)
 
     bench = Bench(memory_study(), shifts).run(120)
     assert "arrivals went from" in bench.ends(End.CENSORED)[0][1].reason
 
 
 def test_a_capped_candidate_without_gate_mass_cannot_be_judged() -> None:
-    bench = Bench(memory_study(), lambda *_: window(lost_gate_mass=None)).run(120)
+    bench = Bench(memory_study(), lambda *_: measured(lost_gate_mass=None)).run(120)
     assert "lost gate mass is missing" in bench.ends(End.CENSORED)[0][1].reason
 
 
@@ -260,7 +245,7 @@ VERDICTS = [
 
 @pytest.mark.parametrize(("changes", "outcome"), VERDICTS)
 def test_promises_come_before_cost_and_cost_before_noise(changes: dict[str, object], outcome: Outcome) -> None:
-    verdict = judge(window(), window(**changes), slo=SLO, max_lost_gate_mass=MAX_LOST, noise=0.1)
+    verdict = judge(measured(), measured(**changes), slo=SLO, max_lost_gate_mass=MAX_LOST, noise=0.1)
     assert verdict.outcome is outcome
 
 
@@ -271,9 +256,9 @@ def test_noise_is_learned_from_the_incumbents_own_windows() -> None:
 
 
 def test_small_counts_may_differ_without_being_a_shift() -> None:
-    few = window(requests=12, requests_per_s=1.2)
-    assert shifted(few, window(requests=20, requests_per_s=2.0)) is None
-    assert shifted(window(), window(prompt_tokens=900)) == "prompt tokens of a request went from 300 to 900"
+    few = measured(requests=12, requests_per_s=1.2)
+    assert shifted(few, measured(requests=20, requests_per_s=2.0)) is None
+    assert shifted(measured(), measured(prompt_tokens=900)) == "prompt tokens of a request went from 300 to 900"
 
 
 # The study.
@@ -324,7 +309,7 @@ def test_an_exhausted_space_does_not_fill_the_study_with_refused_proposals() -> 
 
 
 def test_trials_that_win_nothing_become_rare() -> None:
-    bench = Bench(memory_study(), lambda *_: window()).run(6000)
+    bench = Bench(memory_study(), lambda *_: measured()).run(6000)
     times = bench.applied()
     assert times[8] - times[0] < 500
     assert times[-1] - times[-2] > 300

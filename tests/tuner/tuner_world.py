@@ -10,6 +10,7 @@ from moe_core.config import KnobBounds, SloConfig
 from moe_core.retune import Action, RetuneContext, RetuneDecision, RetuneState, decide
 from moe_core.setting import Setting, Signals
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Overflow
+from moe_tuner.measure import Measurement
 
 SLO = SloConfig(ttft_p95_s=0.8, itl_p95_s=0.05)
 BOUNDS = KnobBounds(
@@ -54,6 +55,22 @@ def signals(**changes: object) -> Signals:
         can_spill=True,
     )
     return quiet.model_copy(update=changes)
+
+
+def measured(**changes: object) -> Measurement:
+    """A window of steady traffic within every objective."""
+    steady = Measurement(
+        requests=200,
+        requests_per_s=20,
+        prompt_tokens=300,
+        output_tokens=60,
+        busy_s_per_ktoken=0.3,
+        ttft_p95_s=0.4,
+        itl_p95_s=0.03,
+        failed_share=0.0,
+        lost_gate_mass=0.0,
+    )
+    return steady.model_copy(update=changes)
 
 
 def context(now_s: float, read: Signals, in_force: Setting, **changes: object) -> RetuneContext:
