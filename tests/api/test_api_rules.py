@@ -426,7 +426,7 @@ COUNTS = {
 }
 
 
-def _gamma_file(gamma: str, count: str, k: int) -> str:
+def gamma_file(gamma: str, count: str, k: int) -> str:
     """A file with γ = 0.2 in one place and k in another."""
     experts, tuning = GAMMAS[gamma]
     return _file(f"experts: {{{experts}{COUNTS[count].format(k=k)}", *([tuning] if tuning else []))
@@ -435,10 +435,10 @@ def _gamma_file(gamma: str, count: str, k: int) -> str:
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_gamma_times_k_is_at_least_one(gamma: str, count: str) -> None:
-    problems = _problems(_gamma_file(gamma, count, 4))
+    problems = _problems(gamma_file(gamma, count, 4))
     assert list(problems) == [f"spec.{gamma}"]
     assert f"times {count} must be at least 1" in problems[f"spec.{gamma}"][1]
-    assert load_text(_gamma_file(gamma, count, 5)).metadata.name == "m"
+    assert load_text(gamma_file(gamma, count, 5)).metadata.name == "m"
 
 
 def _rules(kind: type[SpecModel] = SpecModel) -> Iterator[Rule]:
@@ -449,7 +449,7 @@ def _rules(kind: type[SpecModel] = SpecModel) -> Iterator[Rule]:
 
 def test_every_rule_of_the_types_is_broken_by_a_case() -> None:
     files = [text for text, *_ in BAD.values()]
-    files += [_gamma_file(gamma, count, 4) for gamma in GAMMAS for count in COUNTS]
+    files += [gamma_file(gamma, count, 4) for gamma in GAMMAS for count in COUNTS]
     told = {(f".{path}", remedy) for text in files for path, (_, remedy) in _problems(text).items()}
     untried = [
         rule.cel

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.control_plane import ControlPlane, eventually, running
+from tests.cluster.control_plane import ROOT, ControlPlane, eventually, running
 from tests.cluster.fake_ray import FakeRay, fake_ray_before
 from tests.cluster.kuberay import install_crds, start_kuberay
 from tests.cluster.nodes import gpu_node
@@ -50,6 +50,13 @@ def namespace(control_plane: ControlPlane) -> Iterator[str]:
     for path in WORK:
         control_plane.ask("DELETE", path.format(name), {"propagationPolicy": "Background"})
     control_plane.ask("DELETE", f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture(scope="session")
+def moestack_crd(control_plane: ControlPlane) -> ControlPlane:
+    """The control plane that knows MoEDeployments."""
+    control_plane.install_crds(ROOT / "manifests" / "crd" / "moestack.dev_moedeployments.yaml")
+    return control_plane
 
 
 @pytest.fixture(scope="session")

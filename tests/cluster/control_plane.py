@@ -6,12 +6,13 @@
         plane.apply(object, object, namespace=name)
         plane.ask("GET", "/api/v1/nodes").json()       # one HTTP request as a user, without kubectl's start-up
         plane.url, plane.ca, plane.tokens["operator"], plane.kubeconfigs["operator"], plane.logs
+        plane.install_crds(path, path)                 # and waits until objects of theirs may come and go
         plane.service_account("moestack-system", "moestack-operator")  # kubeconfig of a service account that exists
     eventually("what is waited for", lambda: …)        # polls; AssertionError with the last answer
 
 Fixtures (conftest.py): `control_plane` (session), `namespace` (a fresh one, emptied afterwards), `kwok` (nodes with
 GPUs, a scheduler, and pods that become Ready), `kuberay` (kwok and the real KubeRay), `fake_ray` (what KubeRay takes
-for Ray: fake_ray.py).
+for Ray: fake_ray.py), `moestack_crd`. Each returns the same plane with more in it.
 
 Users: `admin` may do everything; `operator`, `tuner` and `person` may do what a test's RBAC grants them: nothing, at
 first. RBAC, service accounts and built-in admission are on. Of the controllers those run that deletion,
@@ -22,6 +23,7 @@ without `kwok`, pods stay Pending. Everything listens on 127.0.0.1, on free port
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -62,6 +64,7 @@ CONTROLLERS = (
     "clusterrole-aggregation-controller",
 )
 WAIT_S = 30.0
+APPLY = "application/apply-patch+yaml"
 
 
 def binaries() -> Path:
@@ -111,6 +114,10 @@ class ControlPlane:
     def logs(self) -> Path:
         return self.folder / "logs"
 
+    @property
+    def _kubectl_cache(self) -> Path:
+        return self.folder / "kubectl-cache"
+
     def ask(
         self,
         method: str,
@@ -123,20 +130,27 @@ class ControlPlane:
     ) -> requests.Response:
         """One request to the API server; `parameters` are its query (dryRun, fieldManager). Never raises for a status.
 
-        The body goes as JSON, which is YAML too: `content_type="application/apply-patch+yaml"` applies server-side.
+        An object goes as JSON, which is YAML too: `content_type=APPLY` applies it server-side. Text goes as it is.
         """
         headers = {"Authorization": f"Bearer {self.tokens[user]}", "Content-Type": content_type}
+        data = body if isinstance(body, str) or body is None else json.dumps(body)
         return self._http.request(
-            method, self.url + path, params=parameters, headers=headers, json=body, timeout=WAIT_S
+            method, self.url + path, params=parameters, headers=headers, data=data, timeout=WAIT_S
         )
 
     def kubectl(
         self, *arguments: str | Path, stdin: str | None = None, user: str = "admin", check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """kubectl as `user`. With `check`, AssertionError with what it said when it failed."""
-        cache = self.folder / "kubectl-cache"
         done = subprocess.run(
-            [self.assets / "bin" / "kubectl", "--kubeconfig", self.kubeconfigs[user], "--cache-dir", cache, *arguments],
+            [
+                self.assets / "bin" / "kubectl",
+                "--kubeconfig",
+                self.kubeconfigs[user],
+                "--cache-dir",
+                self._kubectl_cache,
+                *arguments,
+            ],
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
@@ -153,6 +167,29 @@ class ControlPlane:
     def apply(self, *objects: dict[str, Any], namespace: str = "default", user: str = "admin") -> None:
         """`kubectl apply` of objects."""
         self.kubectl("apply", "-n", namespace, "-f", "-", stdin=yaml.safe_dump_all(objects), user=user)
+
+    def install_crds(self, *files: Path) -> None:
+        """Applies CRDs, from files named GROUP_PLURAL.yaml, and waits until objects of theirs may come and go."""
+        definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+        served: list[tuple[str, str]] = []  # where discovery lists it, its plural
+        for path in files:
+            group, plural = path.stem.split("_")
+            name, text = f"{definitions}/{plural}.{group}", path.read_text()
+            applied = self.ask("PATCH", name, text, content_type=APPLY, fieldManager="test", force="true")
+            assert applied.ok, applied.text
+            served += [(f"/apis/{group}/{one['name']}", plural) for one in applied.json()["spec"]["versions"]]
+
+        def listed(where: str, plural: str) -> bool:
+            found = self.ask("GET", where)
+            return found.ok and plural in {one["name"] for one in found.json()["resources"]}
+
+        for where, plural in served:
+            eventually(f"{where} has {plural}", lambda where=where, plural=plural: listed(where, plural))
+        # What looks for new kinds now and then would miss these for a while: kubectl asks every ten minutes, the
+        # garbage collector every 30 s (until then nothing that they own goes away with them).
+        shutil.rmtree(self._kubectl_cache, ignore_errors=True)
+        self.stop_component("kube-controller-manager")
+        self.start_controller_manager()
 
     def service_account(self, namespace: str, name: str) -> Path:
         """Kubeconfig of an existing service account, with a real token of its own."""
@@ -191,7 +228,7 @@ class ControlPlane:
         return given
 
     def start_core(self) -> None:
-        """etcd, kube-apiserver, kube-controller-manager."""
+        """etcd and kube-apiserver, then the controllers."""
         files = self.certificates
 
         def etcd(ports: list[int]) -> list[str | Path]:
@@ -239,6 +276,10 @@ class ControlPlane:
         self.url = f"https://127.0.0.1:{port}"
         for user in GROUPS_BY_USER:
             self._kubeconfig(user)
+        self.start_controller_manager()
+
+    def start_controller_manager(self) -> None:
+        """kube-controller-manager with CONTROLLERS."""
         self.add(
             "kube-controller-manager",
             1,
