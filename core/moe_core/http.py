@@ -71,17 +71,33 @@ def _probing(dead_peer_s: int) -> Callable[[Any], socket.socket]:
 
 
 async def call_json(
-    client: aiohttp.ClientSession, method: str, url: str, body: object = None, *, total_s: float = 5.0
+    client: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    body: object = None,
+    *,
+    total_s: float = 5.0,
+    max_bytes: int | None = None,
 ) -> Any:
-    """Send JSON, return JSON. Raises HttpError: no answer, a status of 400 or above, an answer that is no JSON."""
+    """Send JSON, return JSON. Raises HttpError: no answer, a status of 300 or above, an answer that is no JSON.
+
+    `max_bytes` is for a server that is not trusted: a longer answer is an error, and no redirect is followed.
+    """
     data = None if body is None else orjson.dumps(body)
     headers = {"Content-Type": "application/json"} if data is not None else {}
     try:
         async with client.request(
-            method, url, data=data, headers=headers, timeout=aiohttp.ClientTimeout(total=total_s)
+            method,
+            url,
+            data=data,
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=total_s),
+            allow_redirects=max_bytes is None,
         ) as response:
-            raw = await response.read()
-            if response.status >= 400:
+            raw = await response.read() if max_bytes is None else await _at_most(response, max_bytes)
+            if raw is None:
+                raise HttpError(method, url, response.status, f"the answer is longer than {max_bytes} bytes")
+            if response.status >= 300:
                 raise HttpError(method, url, response.status, raw[:MAX_ERROR_CHARS].decode("utf-8", "replace"))
     except (aiohttp.ClientError, TimeoutError) as error:
         raise HttpError(method, url, 0, str(error) or type(error).__name__) from None
@@ -91,3 +107,15 @@ async def call_json(
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
         raise HttpError(method, url, response.status, "the answer is not JSON") from None
+
+
+async def _at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:
+    """The body, or None where it is longer; no more than a chunk beyond the limit is read."""
+    parts, size = [], 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > max_bytes:
+            response.close()
+            return None
+        parts.append(chunk)
+    return b"".join(parts)

@@ -118,6 +118,16 @@ class Reflector(Generic[T]):
         """The objects that `index` puts under this key."""
         return [(ref, self._store[ref][1]) for ref in self._keys.get(key, ())]
 
+    def learn(self, obj: Obj) -> None:
+        """Take the answer to a write of our own, ahead of the watch, which then brings nothing new.
+
+        An answer that is not newer than what the watch has brought is left alone: what was deleted stays deleted.
+        """
+        version = _version(obj)
+        known = self.synced and not self.absent
+        if known and isinstance(version, int) and isinstance(self._seen, int) and version > self._seen:
+            self._put(ref_of(self.kind, obj), version, self._project(obj))
+
     async def run(self) -> None:
         """Follow the server until cancelled."""
         failures = 0
@@ -163,11 +173,12 @@ class Reflector(Generic[T]):
             if not page.continue_token:
                 break
             page = await self._page_at(page.continue_token)
-        for ref in [ref for ref in self._store if ref not in found]:
+        listed = _number(version)
+        for ref in [ref for ref, entry in self._store.items() if ref not in found and not _older(listed, entry[0])]:
             self._drop(ref)
         for ref, (at, value) in found.items():
             self._put(ref, at, value)
-        self._version, self._seen = version, _number(version)
+        self._version, self._seen = version, listed
         self._recover()
         self._synced.set()
 
