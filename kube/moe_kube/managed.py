@@ -13,6 +13,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
+
 _META_KEPT = ("annotations", "labels", "ownerReferences", "finalizers")
 
 
@@ -38,8 +40,7 @@ def content(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def digest(part: Mapping[str, Any]) -> str:
     """A digest of JSON content that does not depend on the order of keys."""
-    raw = json.dumps(part, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    return hashlib.sha256(raw).hexdigest()[:32]
+    return hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
 def _pick(value: Any, fields: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moe_api.resource import MoEDeployment
@@ -51,7 +52,13 @@ class Plan:
 
     def status(self, failures: tuple[tuple[str, str], ...] = ()) -> MoEDeploymentStatus:
         """Our part of the status, with what failed on the way; at most 32 KiB."""
+        if not failures:
+            return self._undisturbed
         return _status(self.snapshot, self.rollout, replace(self.trouble, failures=failures))
+
+    @cached_property
+    def _undisturbed(self) -> MoEDeploymentStatus:
+        return _status(self.snapshot, self.rollout, self.trouble)
 
     @property
     def intends_anew(self) -> bool:
@@ -134,6 +141,7 @@ def _context(snapshot: Snapshot, target: str | None) -> Context:
         weights_version=snapshot.status.weights_version,
         gateways_version=snapshot.gateways_version(),
         highest_version=snapshot.highest_version(),
+        arrivals=snapshot.arrivals(),
     )
 
 

@@ -18,6 +18,8 @@ SLO_SLACK = 0.02
 """A new revision may be this much worse than the old one at the same time, before it is blamed for a bad share."""
 SLO_MIN_REQUESTS = 20
 """Fewer finished requests than this say nothing."""
+SLO_FEW = 0.25
+"""Below this share of the requests that its weight should have brought, a revision is being spilled past."""
 UNREADY_GRACE_S = 30
 """A revision that takes traffic may be unready for this long before the traffic is taken from it."""
 POLL_S = 5
@@ -79,6 +81,8 @@ class Context:
     """Lowest version of the weights in force on any gateway; None where one did not say; no gateways: the newest."""
     highest_version: int = 0
     """Highest version that any gateway has seen."""
+    arrivals: int = 0
+    """Requests that came to all gateways in the last window."""
 
     def sight(self, name: str) -> Sight:
         return self.sights.get(name, NOTHING)
@@ -223,39 +227,49 @@ class _Turn:
         self._promote(target, home)
 
     def _promote(self, target: str, home: str) -> None:
-        c, own, sight = self.c, self.revisions[target], self.c.sight(target)
+        c, own = self.c, self.revisions[target]
         self.polls = True
         started = own.step_started_at if own.step_started_at is not None else c.now
         self._share(target, home, own.weight)
-        if not sight.exists or sight.deleting:
-            self._fail(target, "was deleted while traffic moved to it")
-            return
-        if not sight.ready:
-            since = sight.unready_since if sight.unready_since is not None else c.now
-            if c.now - since >= UNREADY_GRACE_S:
-                self._fail(target, f"was not ready for {UNREADY_GRACE_S} s at {own.weight} % of the traffic")
-            else:
-                self.times.append(since + UNREADY_GRACE_S)
-            return
-        why = self._slo_broken(target, home)
-        if why and c.rollback_on_slo_miss:
-            self._fail(target, why)
-            return
-        if why:
-            self.waits_for = f"{target} {why}; rollbackOnSloMiss is off, so the step waits"
-            return
-        if not c.acknowledged:
-            self.waits_for = "waits until every gateway uses the new weights"
-            return
-        if c.now < started + c.step_s:
-            self.times.append(started + c.step_s)
-            return
+        failed, waits = self._objection(target, home, started)
         following = [step for step in c.steps if step > own.weight]
-        if following:
+        if failed:
+            self._fail(target, failed)
+        elif waits:
+            self.waits_for = waits
+        elif c.now < started + c.step_s:
+            self.times.append(started + c.step_s)
+        elif following:
             self._step(target, home, following[0])
         else:
             self._serve(target)
             self._drain_others({target})
+
+    def _objection(self, target: str, home: str, started: int) -> tuple[str, str]:
+        """Why the target has failed, and why its next step must wait; empty where nothing speaks against it."""
+        c, own, sight = self.c, self.revisions[target], self.c.sight(target)
+        if not sight.exists or sight.deleting:
+            return "was deleted while traffic moved to it", ""
+        if not sight.ready:
+            since = sight.unready_since if sight.unready_since is not None else c.now
+            self.times.append(since + UNREADY_GRACE_S)
+            late = c.now - since >= UNREADY_GRACE_S
+            words = f"was not ready for {UNREADY_GRACE_S} s at {own.weight} % of the traffic"
+            return (words, "") if late else ("", f"waits until {target} is ready again")
+        if self._spilled_past(own, sight):
+            # Gateways foresee that it would be late, and so it has little to be judged by.
+            words = f"gets few of its {own.weight} % of the requests: gateways expect it to be late"
+            self.times.append(started + c.progress_s)
+            return (words, "") if c.now >= started + c.progress_s else ("", f"{target} {words}")
+        broken = self._slo_broken(target, home)
+        if broken:
+            held = f"{target} {broken}; rollbackOnSloMiss is off, so the step waits"
+            return (broken, "") if c.rollback_on_slo_miss else ("", held)
+        return "", "" if c.acknowledged else "waits until every gateway uses the new weights"
+
+    def _spilled_past(self, own: Revision, sight: Sight) -> bool:
+        expected = self.c.arrivals * own.weight / 100
+        return expected >= SLO_MIN_REQUESTS and sight.met + sight.missed + (sight.in_flight or 0) < SLO_FEW * expected
 
     def _slo_broken(self, target: str, home: str) -> str:
         new, old = self.c.sight(target), self.c.sight(home)

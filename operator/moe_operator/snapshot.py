@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import orjson
 from pydantic import ValidationError
 
 from moe_api.annotations import OPERATOR_MANAGER
@@ -121,6 +123,10 @@ class Snapshot:
         digests = self.gateways.digests if self.gateways is not None else ()
         return max((digest.weights_version for digest in digests), default=0)
 
+    def arrivals(self) -> int:
+        """Requests that came to all gateways in the last window."""
+        return sum(digest.arrivals for digest in self.gateways.digests) if self.gateways is not None else 0
+
     def pods(self) -> tuple[str, ...]:
         """host:port of the admin ports of the gateway's pods."""
         return pods_of(self.resource.metadata.name, tuple(self.children.values()))
@@ -144,12 +150,22 @@ def pods_of(name: str, children: tuple[Child, ...]) -> tuple[str, ...]:
 
 def parse(obj: Obj) -> tuple[MoEDeployment, MoEDeploymentStatus]:
     """The resource and its status. Raises ResourceInvalid for the former; a status that is damaged counts as none."""
-    resource = load_object({key: value for key, value in obj.items() if key != "status"})
+    meta = {name: obj["metadata"][name] for name in _IDENTITY if name in obj["metadata"]}
+    resource = _parsed(orjson.dumps({**{key: obj[key] for key in obj if key != "status"}, "metadata": meta}))
     try:
         status = MoEDeploymentStatus.model_validate(obj.get("status") or {})
     except ValidationError:
         status = MoEDeploymentStatus()
     return resource, status
+
+
+_IDENTITY = ("name", "namespace", "uid", "generation", "labels", "annotations")
+"""Metadata that a decision rests on: the rest changes with every write of a status."""
+
+
+@lru_cache(maxsize=64)
+def _parsed(document: bytes) -> MoEDeployment:
+    return load_object(orjson.loads(document))
 
 
 def build(

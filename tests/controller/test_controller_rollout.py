@@ -33,6 +33,8 @@ class World:
     gateways: int | None = 0
     deaf: bool = False
     rollback: bool = True
+    arrivals: int = 0
+    starved: set[str] = field(default_factory=set)
     remembered: tuple[Revision, ...] = ()
     version: int = 0
     weights: dict[str, int] = field(default_factory=dict)
@@ -43,7 +45,7 @@ class World:
         ready = name not in self.never_ready and self.now - self.born[name] >= READY_S and unready is None
         share = self.shares.get(name, 1.0)
         weight = next((r.weight for r in self.remembered if r.name == name), 0)
-        count = 100 if weight else 0
+        count = (2 if name in self.starved else 100) if weight else 0
         met = round(count * share)
         return Sight(
             exists=True,
@@ -69,6 +71,7 @@ class World:
             rollback_on_slo_miss=self.rollback,
             weights_version=self.version,
             gateways_version=self.gateways,
+            arrivals=self.arrivals,
         )
 
     def turn(self) -> Rollout:
@@ -234,6 +237,15 @@ def test_a_step_waits_where_rollback_is_off() -> None:
     rollout = world.run(1000)
     assert world.weight(NEW) == 10
     assert "the step waits" in rollout.waits_for
+
+
+def test_a_revision_that_gateways_spill_past_is_not_promoted_and_goes_at_the_deadline() -> None:
+    world = running(arrivals=1000, starved={NEW})
+    rollout = world.run(1000)
+    assert world.weight(NEW) == 10
+    assert "expect it to be late" in rollout.waits_for
+    rollout = world.run(1000)
+    assert (world.weight(OLD), world.phase(NEW)) == (100, Phase.FAILED)
 
 
 def test_a_step_waits_for_every_gateway() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from moe_api.annotations import RENDERER
@@ -31,7 +32,7 @@ class Rendered:
     ref: Ref
     body: dict[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of what we want to own of it: the same as that of the live object where nothing has drifted."""
         return digest(content(self.body))

@@ -8,9 +8,10 @@ itself). Hot knobs are not among them: the application boots with what it was bo
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
+
+import orjson
 
 from moe_api.enums import EngineKind
 from moe_api.v1alpha1 import MoEDeployment
@@ -75,7 +76,7 @@ def controller_revision(record: RevisionRecord, owner: Owner) -> Rendered:
 
 def ray_service(record: RevisionRecord, resource: MoEDeployment, bounds: Bounds, owner: Owner) -> Rendered:
     """The RayService of a revision, with what of today's resource reaches it."""
-    spec = copy.deepcopy(record.cluster)
+    spec = orjson.loads(orjson.dumps(record.cluster))  # a deep copy
     for group in spec["rayClusterConfig"]["workerGroupSpecs"]:
         group |= {"replicas": bounds.min, "minReplicas": bounds.min, "maxReplicas": bounds.max}
     serving = record.serving.model_copy(update=process_config.rolling_arguments(resource.spec))
