@@ -69,17 +69,24 @@ def kwok(control_plane: ControlPlane) -> ControlPlane:
 
 
 @pytest.fixture(scope="session")
-def fake_ray(control_plane: ControlPlane) -> Iterator[FakeRay]:
-    """Ray's dashboard and proxies for every RayCluster, with failures on demand."""
+def ray_front(control_plane: ControlPlane) -> Iterator[FakeRay]:
+    """The fake Ray itself; tests ask for `fake_ray`."""
     with fake_ray_before(control_plane.url, control_plane.certificates) as fake:
         yield fake
 
 
+@pytest.fixture
+def fake_ray(ray_front: FakeRay) -> Iterator[FakeRay]:
+    """Ray's dashboard and proxies for every RayCluster, with failures on demand, which end with the test."""
+    yield ray_front
+    ray_front.recover()
+
+
 @pytest.fixture(scope="session")
-def kuberay(kwok: ControlPlane, fake_ray: FakeRay) -> Iterator[ControlPlane]:
-    """The control plane with kwok and the real KubeRay, which takes `fake_ray` for its clusters."""
+def kuberay(kwok: ControlPlane, ray_front: FakeRay) -> Iterator[ControlPlane]:
+    """The control plane with kwok and the real KubeRay, to which every Ray cluster is the fake one."""
     install_crds(kwok)
-    start_kuberay(kwok, fake_ray.url)
+    start_kuberay(kwok, ray_front.url)
     yield kwok
 
     def left() -> list[Any]:

@@ -95,6 +95,11 @@ class FakeRay:
             now = self._behaviours.get((namespace, name), Behaviour())
             self._behaviours[namespace, name] = dataclasses.replace(now, **changes)
 
+    def recover(self) -> None:
+        """Ends every failure: all clusters answer as healthy ones do, those that hang at once."""
+        with self._lock:
+            self._behaviours.clear()
+
     def forget(self, namespace: str, name: str) -> None:
         """Takes the applications from the clusters of that name, as the loss of a head pod does."""
         with self._lock:
