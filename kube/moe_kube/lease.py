@@ -21,6 +21,7 @@ from moe_core.log import get_log
 from moe_kube.api import Api
 from moe_kube.errors import ApiError, Conflict, NotFound, Unreachable
 from moe_kube.objects import Obj, Ref
+from moe_kube.waits import INSTANT_S, at_most
 
 T = TypeVar("T")
 Callback = Callable[[], Awaitable[None]]
@@ -116,8 +117,8 @@ class Election:
             await self._on_started()
         wait_s = self._retry_s * (1.0 if self._leading else self._rng.uniform(1.0, 2.0))
         if self._leading:
-            wait_s = min(wait_s, self.held_for_s())
-        await self._race(self._stopping.wait(), wait_s)
+            wait_s = max(INSTANT_S, min(wait_s, self.held_for_s()))
+        await at_most(self._clock, self._stopping.wait(), wait_s)
 
     async def _attempt(self) -> None:
         if self._record is None or not self._leading:
@@ -223,23 +224,13 @@ class Election:
         """The call's result; Unreachable if it takes longer on our clock."""
         task = asyncio.ensure_future(call)
         try:
-            await self._race(asyncio.shield(task), seconds)
+            await at_most(self._clock, asyncio.shield(task), seconds)
             if task.done():
                 return task.result()
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         raise Unreachable(f"{self._ref}: no answer in {seconds:.1f} s")
-
-    async def _race(self, one: Awaitable[Any], seconds: float) -> None:
-        """Wait for it, but not longer. Never raises what it raises."""
-        waits = [asyncio.ensure_future(one), asyncio.ensure_future(self._clock.sleep(seconds))]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
 
 
 def micro_time(unix_s: float) -> str:

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from moe_core.clock import Clock
 from moe_core.retry import Backoff
 from moe_kube.throttle import TokenBucket
+from moe_kube.waits import INSTANT_S, at_most
 
 K = TypeVar("K", bound=Hashable)
 
@@ -196,23 +197,11 @@ class WorkQueue(Generic[K]):
                 heapq.heappop(self._heap)  # An earlier one took its place.
                 continue
             wait_s = due - self._clock.monotonic()
-            if wait_s > 0:
+            if wait_s > INSTANT_S:
                 self._earlier.clear()
-                await self._sleep(wait_s)
+                await at_most(self._clock, self._earlier.wait(), wait_s)
                 continue
             heapq.heappop(self._heap)
             del self._due[key]
             self.add(key)
         self._pump = None
-
-    async def _sleep(self, seconds: float) -> None:
-        """Until then, or until an earlier delayed key has come."""
-        waits = [
-            asyncio.ensure_future(self._clock.sleep(seconds)),
-            asyncio.ensure_future(self._earlier.wait()),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
