@@ -13,7 +13,9 @@ class FencedApi(Gate):
     """An `Api` that refuses each write (errors.Fenced) unless the lease is held for at least `margin_s` more.
 
     `may_write` is seconds for which it is held, 0 for a follower (`Election.held_for_s`). A write gets no longer than
-    that, at the server as well, so an answer that does not come cannot become a write of the past leader. Reads pass.
+    that, and the server is told the limit, which it counts from when it reads the request: a server that was stopped as
+    a whole for longer than the lease may still carry out what was waiting in its sockets. Kubernetes has no check that
+    would refuse it; the next leader's own snapshot then shows the difference and it is put right. Reads pass.
     """
 
     def __init__(self, api: Api, may_write: Callable[[], float], *, margin_s: float = 1.0) -> None:
