@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ class ControlPlane:
             return found.ok and plural in {one["name"] for one in found.json()["resources"]}
 
         for where, plural in served:
-            eventually(f"{where} has {plural}", lambda where=where, plural=plural: listed(where, plural))
+            eventually(f"{where} has {plural}", partial(listed, where, plural))
         # What looks for new kinds now and then would miss these for a while: kubectl asks every ten minutes, the
         # garbage collector every 30 s (until then nothing that they own goes away with them).
         shutil.rmtree(self._kubectl_cache, ignore_errors=True)
