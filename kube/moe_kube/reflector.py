@@ -85,8 +85,8 @@ class Reflector(Generic[T]):
         self._log = get_log("kube.reflector", kind=kind.kind)
         self.absent = False
         """Whether the server does not serve this kind."""
-        self.trouble: ApiError | None = None
-        """Why the store may be behind; None while list and watch succeed."""
+        self._trouble: ApiError | None = None
+        self._watching_since = float("inf")
         self.lists_total = 0
         self.watches_total = 0
 
@@ -97,6 +97,13 @@ class Reflector(Generic[T]):
 
     async def wait_synced(self) -> None:
         await self._synced.wait()
+
+    @property
+    def trouble(self) -> ApiError | None:
+        """Why the store may be behind; None while list and watch succeed. A watch says nothing until a change comes:
+        one that has not failed for a while has succeeded."""
+        watching = self._clock.monotonic() - self._watching_since >= LIVED_S
+        return None if watching else self._trouble
 
     @property
     def resource_version(self) -> str:
@@ -210,13 +217,17 @@ class Reflector(Generic[T]):
             labels=self._labels,
             timeout_s=max(1.0, min(left_s, WATCH_S * self._rng.uniform(1.0, 2.0))),
         )
-        async with aclosing(events):
-            async for event in events:
-                self._heard = True
-                self._recover()
-                self._take(event)
-                if self._clock.monotonic() >= self._relist_at:
-                    return
+        self._watching_since = self._clock.monotonic()
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    self._heard = True
+                    self._recover()
+                    self._take(event)
+                    if self._clock.monotonic() >= self._relist_at:
+                        return
+        finally:
+            self._watching_since = float("inf")
 
     def _take(self, event: WatchEvent) -> None:
         version = _version(event.object)
@@ -263,14 +274,14 @@ class Reflector(Generic[T]):
     def _vanish(self) -> None:
         """The kind is not served: whatever there was of it is gone with its CRD."""
         self._version = ""
-        self.trouble = None
+        self._trouble = None
         for ref in list(self._store):
             self._drop(ref)
         self._turn(absent=True)
         self._synced.set()
 
     def _recover(self) -> None:
-        self.trouble = None
+        self._trouble = None
         self._turn(absent=False)
 
     def _turn(self, *, absent: bool) -> None:
@@ -282,9 +293,9 @@ class Reflector(Generic[T]):
             self._on_absent(absent)
 
     def _fail(self, error: ApiError) -> None:
-        if self.trouble is None:
+        if self._trouble is None:
             self._log.warning("the cache may be behind", reason=str(error), status=error.status)
-        self.trouble = error
+        self._trouble = error
         if error.status == 504:
             self._version = ""  # So a server answers a version from its future, after its store was restored.
 
