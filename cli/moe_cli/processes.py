@@ -114,13 +114,13 @@ def reap_orphans(own: Collection[int]) -> None:
 if sys.platform == "linux":
     _LIBC = ctypes.CDLL(None)
 
-    def die_with_parent() -> None:
-        """For `preexec_fn`: get SIGTERM when the parent ends, however it ends."""
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    def die_with_parent(sign: int = signal.SIGTERM) -> None:
+        """For `preexec_fn`: get `sign` when the parent ends, however it ends."""
+        _LIBC.prctl(_PR_SET_PDEATHSIG, sign, 0, 0, 0)
 
 else:
 
-    def die_with_parent() -> None:
+    def die_with_parent(sign: int = signal.SIGTERM) -> None:
         """Other systems have no such signal; `moectl down` finds what is left by its mark."""
 
 

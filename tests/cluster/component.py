@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moe_cli.processes import die_with_parent, tail
@@ -84,7 +85,8 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for pytest alone, which then stops the parts in order
-            preexec_fn=die_with_parent,  # noqa: PLW1509  it makes one system call and takes no lock
+            # Not SIGTERM: an API server whose etcd went first would wait for minutes to end gracefully.
+            preexec_fn=partial(die_with_parent, signal.SIGKILL),  # noqa: PLW1509  one system call, no lock
         )
     component = Component(name, process, log)
     end = time.monotonic() + deadline_s

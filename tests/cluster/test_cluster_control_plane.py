@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.component import ComponentFailed, start
-from tests.cluster.control_plane import ControlPlane, eventually, running
+from tests.cluster.control_plane import ROOT, ControlPlane, eventually, running
 
 pytestmark = pytest.mark.cluster
 
@@ -96,3 +99,19 @@ def test_a_component_that_fails_shows_its_log(
         start("part", ["sh", "-c", script], tmp_path / "part.log", lambda: False, deadline_s)
     assert f"part {says}" in str(caught.value)
     assert str(caught.value).endswith("why it failed"), name
+
+
+def test_nothing_outlives_a_killed_test_run(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, signal; from tests.cluster.control_plane import running\n"
+        f"with running(pathlib.Path({str(tmp_path / 'plane')!r})) as plane:\n"
+        "    print(*[part.pid for part in plane.components.values()], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    pids = done.stdout.split()
+    assert len(pids) == 3, done.stderr
+    eventually("every part is gone", lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), 10)
