@@ -127,6 +127,47 @@ TUNER_ACK_SECONDS = _histogram(
 )
 TUNER_TICK_SECONDS = _histogram("moestack_tuner_tick_seconds", ("deployment",), "Time of one fast tick")
 
+# Exported by the operator. No label names an object: a cluster may hold thousands.
+OPERATOR_RECONCILE_SECONDS = _histogram(
+    "moestack_operator_reconcile_seconds",
+    ("result",),
+    "Time of one reconcile: result=settled (nothing to do), changed, retried (lost a race), failed or fenced",
+)
+OPERATOR_QUEUE_DEPTH = _gauge("moestack_operator_queue_depth", (), "MoEDeployments that wait for a worker")
+OPERATOR_QUEUE_AGE = _gauge(
+    "moestack_operator_queue_oldest_seconds", (), "How long the one that waits longest has waited"
+)
+OPERATOR_WORK_AGE = _gauge(
+    "moestack_operator_longest_running_seconds", (), "How long the longest reconcile under way has taken"
+)
+OPERATOR_QUEUE_ADDS = _counter("moestack_operator_queue_adds_total", (), "MoEDeployments put into the queue")
+OPERATOR_RETRIES = _counter("moestack_operator_retries_total", (), "Reconciles tried again with back-off")
+OPERATOR_API_CALLS = _counter(
+    "moestack_operator_api_calls_total",
+    ("verb", "kind", "code"),
+    "Calls on the API server by HTTP status; code=0: no answer; a watch counts when it begins",
+)
+OPERATOR_API_SECONDS = _histogram(
+    "moestack_operator_api_call_seconds", ("verb",), "Time of one call on the API server, watches apart"
+)
+OPERATOR_THROTTLED_SECONDS = _counter(
+    "moestack_operator_throttled_seconds_total", (), "Time that calls waited for the operator's own pace (qps)"
+)
+OPERATOR_LEADER = _gauge("moestack_operator_leader", (), "1 while this process holds the lease, 0 while it stands by")
+OPERATOR_OBJECTS = _gauge("moestack_operator_objects", (), "MoEDeployments that this process looks after")
+OPERATOR_CONDITIONS = _gauge(
+    "moestack_operator_conditions", ("type", "status"), "MoEDeployments by condition and its status"
+)
+OPERATOR_CACHE_LISTS = _counter("moestack_operator_cache_lists_total", ("kind",), "Lists of a kind: relists, mostly")
+OPERATOR_CACHE_WATCHES = _counter("moestack_operator_cache_watches_total", ("kind",), "Watches begun on a kind")
+OPERATOR_CACHE_BEHIND = _gauge(
+    "moestack_operator_cache_behind", ("kind",), "1 while list or watch of a kind fails, and its cache may be behind"
+)
+OPERATOR_CACHE_OBJECTS = _gauge("moestack_operator_cache_objects", ("kind",), "Objects in a cache")
+OPERATOR_EVENTS_DROPPED = _counter(
+    "moestack_operator_events_dropped_total", (), "Events that could not be written, or were too many"
+)
+
 ALL: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 
 

@@ -199,8 +199,10 @@ class Caches:
             self._wake(key)
 
     def _on_absent(self, scope: str, kind: Kind, absent: bool) -> None:
-        self._log.info("looking at every MoEDeployment again", kind=kind.kind, absent=absent)
-        for key in self._keys(scope):
+        keys = self._keys(scope)
+        if keys:
+            self._log.info("looking at every MoEDeployment again", kind=kind.kind, absent=absent)
+        for key in keys:
             self._wake(key)
 
 
