@@ -7,7 +7,7 @@ from typing import Any
 from tests.cluster.control_plane import ControlPlane
 
 
-def gpu_node(name: str, gpus: int, accelerator: str = "nvidia-h100") -> dict[str, Any]:
+def gpu_node(name: str, gpus: int, product: str = "NVIDIA-H100-80GB-HBM3") -> dict[str, Any]:
     """A Node with `gpus` of nvidia.com/gpu and the product label that GPU feature discovery sets."""
     capacity = {"cpu": "96", "memory": "1Ti", "ephemeral-storage": "4Ti", "pods": "200", "nvidia.com/gpu": str(gpus)}
     return {
@@ -19,7 +19,7 @@ def gpu_node(name: str, gpus: int, accelerator: str = "nvidia-h100") -> dict[str
                 "kubernetes.io/hostname": name,
                 "kubernetes.io/os": "linux",
                 "kubernetes.io/arch": "amd64",
-                "nvidia.com/gpu.product": accelerator,
+                "nvidia.com/gpu.product": product,
             },
         },
         "status": {"capacity": capacity, "allocatable": capacity},

@@ -37,8 +37,10 @@ RAY_VERSION = "2.60.0"
 WORKERS = "workers"
 ENGINE = "engine"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-CACHE_PATH = "/models/cache"
-CLAIMS_PATH = "/models/claims"
+HOME = "/var/lib/moestack"
+"""Folder of the engine's pods that is ours: nothing of a person's is mounted there."""
+CACHE_PATH = f"{HOME}/cache"
+CLAIMS_PATH = f"{HOME}/claims"
 GIB = 2**30
 MIB = 2**20
 DASHBOARD_PORT, _GCS_PORT, METRICS_PORT = 8265, 6379, 8080

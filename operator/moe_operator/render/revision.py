@@ -147,6 +147,7 @@ def _unrenderable(resource: MoEDeployment) -> tuple[Problem, ...]:
     if spec.engine.kind is EngineKind.EXTERNAL or spec.hardware is None:
         found.append(Problem("spec.engine.kind", "External: an engine that runs elsewhere has no revision", "use VLLM"))
         return tuple(found)
+    found += _clashing(resource)
     accelerator = spec.hardware.accelerator
     if accelerator != accelerators.CPU and accelerators.resource(accelerator) is None:
         known = ", ".join(f"{prefix}…" for prefix in accelerators.RESOURCES)
@@ -155,3 +156,24 @@ def _unrenderable(resource: MoEDeployment) -> tuple[Problem, ...]:
     if accelerator == accelerators.CPU and spec.experts.redundant:
         found.append(Problem("spec.experts.redundant", "redundant experts need GPUs", "set it to 0"))
     return tuple(found)
+
+
+def _clashing(resource: MoEDeployment) -> list[Problem]:
+    """Claims that lie over each other or over what is ours: such a pod could not start."""
+    taken = {"/dev/shm": "the engine's shared memory", "/tmp/ray": "Ray's", cluster.HOME: "ours"}  # noqa: S108
+    found = []
+    for claim in resource.spec.pod_template.claims:
+        path = claim.path.rstrip("/")
+        whose = next((whose for other, whose in taken.items() if _over(path, other)), None)
+        if whose is not None:
+            where, message = (
+                f"spec.podTemplate.claims[{claim.name}].path",
+                f"{claim.path} lies over a folder that is {whose}",
+            )
+            found.append(Problem(where, message, "mount it somewhere else, such as /models"))
+        taken[path] = f"claim {claim.name}'s"
+    return found
+
+
+def _over(path: str, other: str) -> bool:
+    return path == other or f"{other}/".startswith(f"{path}/") or f"{path}/".startswith(f"{other}/")
