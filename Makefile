@@ -7,7 +7,7 @@ PYTHON ?= python3
 FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
-.PHONY: help setup up down test test-full check unit cluster control-plane engine lock crd fmt system
+.PHONY: help setup up down test test-full check unit cluster control-plane engine lock crd golden fmt system
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -58,6 +58,9 @@ test-full: check control-plane ## the long forms as well
 
 crd: setup ## write the CRD from the types
 	$(PY) -m moe_cli.main crd --write manifests/crd/moestack.dev_moedeployments.yaml
+
+golden: setup ## write the golden renders of the tests anew, to be read in the diff
+	$(PY) -m tests.render.cases
 
 fmt: setup ## format and sort
 	.venv/bin/ruff format .

@@ -134,7 +134,8 @@ class ServingConfig(Model):
     deployment: str = Field(description="namespace/name")
     revision: str = "local"
     model: str = Field(description="model name that clients use")
-    source: str = Field(description="checkpoint: a path, or a repository id")
+    source: str = Field(description="checkpoint: a path, a repository id, or an address in a bucket")
+    source_revision: str | None = Field(default=None, description="commit, tag or branch of the repository")
     accelerator: str = "cpu"
     tensor_parallel: int = Field(default=1, ge=1)
     data_parallel: int = Field(default=1, ge=1)

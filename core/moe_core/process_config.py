@@ -126,6 +126,7 @@ def serving_config(
         revision=revision,
         model=spec.model.id,
         source=source,
+        source_revision=spec.model.revision,
         accelerator=spec.hardware.accelerator if spec.hardware is not None else "cpu",
         tensor_parallel=tensor,
         data_parallel=data,

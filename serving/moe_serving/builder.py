@@ -40,6 +40,8 @@ def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
     }
     if config.max_model_len is not None:
         kwargs["max_model_len"] = config.max_model_len
+    if config.source_revision is not None and isinstance(_source(config.source), str):
+        kwargs |= {"revision": config.source_revision, "tokenizer_revision": config.source_revision}
     if config.quantization is not None:
         kwargs["quantization"] = config.quantization
     return kwargs

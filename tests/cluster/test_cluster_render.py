@@ -59,11 +59,12 @@ def test_a_rendered_object_is_taken_and_reads_back_the_same(
         assert version(again) == version(live), made.ref
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["1024Mi", "1.5Gi", "0.5Ki", "1000Ki", "1.3Ki", "1536", "1048576", "0.5", "500m", "1500m", "1000m", "0.0001"]
-    + ["1000", "100000", "1.5G", "0", "0.0", "12.000", "999999999999999999", "1Ei", "0.000000001", "7.5Ti"],
-)
+BINARY = ("1024Mi", "1.5Gi", "0.5Ki", "1000Ki", "1.3Ki", "7.5Ti", "1Ei")
+DECIMAL = ("1536", "1048576", "0.5", "500m", "1500m", "1000m", "1000", "100000", "1.5G", "0", "0.0", "12.000")
+EXTREME = ("0.0001", "0.000000001", "999999999999999999")
+
+
+@pytest.mark.parametrize("text", [*BINARY, *DECIMAL, *EXTREME])
 def test_quantities_are_written_as_the_api_server_writes_them(
     control_plane: ControlPlane, namespace: str, text: str
 ) -> None:
@@ -87,7 +88,7 @@ def test_kuberay_makes_pods_that_a_restricted_namespace_admits(
     where = f"/api/v1/namespaces/{namespace}"
     assert kuberay.ask("PATCH", where, level, content_type="application/merge-patch+json").ok
     for made in rendered(CASES[name]):
-        if made.ref.kind in (k.RAY_SERVICE, k.DEPLOYMENT):
+        if made.ref.kind in (k.RAY_SERVICE, k.DEPLOYMENT, k.SERVICE):
             applied(kuberay, made, namespace)
     service = k.RAY_SERVICE.path(namespace, CASES[name].revision)
 
@@ -111,3 +112,19 @@ def test_kuberay_makes_pods_that_a_restricted_namespace_admits(
     ]
     assert tokens == ["autoscaler"], "nobody else speaks to the API server"
     assert any(pod["metadata"]["labels"]["app.kubernetes.io/component"] == "gateway" for pod in running)
+
+
+def addresses(plane: ControlPlane, namespace: str, service: str) -> int:
+    """Addresses behind a Service, ready or not."""
+    chosen = f"kubernetes.io/service-name={service}"
+    slices = plane.ask("GET", k.ENDPOINT_SLICE.path(namespace), labelSelector=chosen).json()["items"]
+    return sum(len(one["endpoints"] or ()) for one in slices)
+
+
+def test_services_find_the_board_and_the_gateways(kuberay: ControlPlane, namespace: str) -> None:
+    case = CASES["laptop"]
+    for made in rendered(case):
+        applied(kuberay, made, namespace)
+    board, admin = f"{case.revision}-board", f"{case.owner.name}-gateway-admin"
+    eventually("the board is one pod, the head", lambda: addresses(kuberay, namespace, board) == 1)
+    eventually("a gateway is behind its admin Service", lambda: addresses(kuberay, namespace, admin) == 1)

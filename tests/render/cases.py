@@ -161,12 +161,15 @@ KNOWN = (AuthMode.NONE, AuthMode.API_KEYS)
 OUTSIDE = {"host": "llm.example.com", "className": "edge", "annotations": {"example.com/timeout": "600"}}
 
 ENGINE = (k.RAY_SERVICE,)
+BRIEF = (k.RAY_SERVICE, k.CONFIG_MAP, k.DEPLOYMENT, k.HORIZONTAL_POD_AUTOSCALER, k.PROMETHEUS_RULE)
 WAY_IN = (k.SERVICE, k.INGRESS, k.HTTP_ROUTE, k.NETWORK_POLICY)
 
 CASES: dict[str, Case] = {
-    **{path.stem: example(path.stem) for path in sorted(EXAMPLES.glob("*.yaml"))},
+    **{path.stem: example(path.stem, shown=BRIEF) for path in sorted(EXAMPLES.glob("*.yaml"))},
+    "laptop": example("laptop"),
+    "external-sglang": example("external-sglang"),
     "profile-a-api-first": example("profile-a-api-first", runs=False),
-    "full-servable": example("full", *SERVABLE),
+    "full-servable": example("full", *SERVABLE, shown=BRIEF),
     "two-nodes": example("laptop", put("hardware.gpusPerReplica", 16), plan=TWO_NODES, shown=ENGINE),
     "cpu": example(
         "laptop",

@@ -94,7 +94,7 @@ def alerts(resource: MoEDeployment) -> tuple[Alert, ...]:
     found = [
         Alert(
             "MoEStackGatewayAbsent",
-            f"absent({series.of(metrics.GATEWAY_KNOBS_VERSION)})",
+            f"absent({series.of(metrics.GATEWAY_CONFIG_LOADED)})",
             "5m",
             "critical",
             "no gateway is being read: clients may have no answer",

@@ -1,0 +1,177 @@
+"""What gateways are told, and that the gateway itself takes it."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_core import process_config
+from moe_core.config import GatewayConfig
+from moe_gateway import reload, settings
+from moe_kube import objects as k
+from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT
+from moe_operator.render import gateway
+from moe_operator.render.objects import NotRenderable, Rendered
+from tests.render.cases import CASES, Case, example, put
+
+
+def by_kind(case: Case, kind: k.Kind) -> list[Rendered]:
+    return [made for made in case.render() if made.ref.kind == kind]
+
+
+def configuration(case: Case, **more: Any) -> GatewayConfig:
+    given_ = {"revisions": ["r0"], "weights": {"r0": 100}, "weights_version": 1, **more}
+    return gateway.gateway_config(case.resource, config=case.config, owner=case.owner, **given_)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gateway_takes_what_it_is_told(name: str) -> None:
+    try:
+        maps = by_kind(CASES[name], k.CONFIG_MAP)
+    except NotRenderable:
+        assert name == "full"
+        return
+    (made,) = maps
+    config = GatewayConfig.model_validate_json(made.body["data"][gateway.CONFIG_FILE])
+    settings.check(config)
+    assert sum(config.weights.values()) == (0 if name == "profile-a-api-first" else 100)
+
+
+def test_operator_and_gateway_agree_on_what_a_gateway_can_do() -> None:
+    assert {provider.value for provider in process_config.SPOKEN_PROVIDERS} == set(settings.SUPPORTED_PROVIDERS)
+    assert set(gateway.START_FIELDS) == set(reload.AT_START)
+
+
+def test_a_suspended_deployment_has_no_revision_and_goes_on_answering() -> None:
+    config = configuration(CASES["profile-a-api-first"], revisions=[], weights={}, weights_version=4)
+    assert (config.revisions, config.weights, config.weights_version) == ((), {}, 4)
+    assert [target.name for target in config.targets] == ["gpt"]
+
+
+def test_an_external_engine_is_a_revision_without_a_board() -> None:
+    config = configuration(CASES["external-sglang"], revisions=[], weights={})
+    (engine,) = config.revisions
+    assert (engine.name, engine.url, engine.board_url) == ("external", "http://sglang.inference.svc:30000/v1", None)
+    assert config.weights == {"external": 100}
+
+
+def test_an_old_revision_keeps_its_weight_while_the_engine_moves_out() -> None:
+    config = configuration(CASES["external-sglang"], revisions=["old"], weights={"old": 100})
+    assert config.weights == {"old": 100, "external": 0}
+
+
+def test_addresses_of_a_revision() -> None:
+    (revision,) = configuration(CASES["laptop"], revisions=["q-1"], weights={"q-1": 100}).revisions
+    assert revision.url == "http://q-1-serve-svc.default.svc:8000/v1"
+    assert revision.board_url == "http://q-1-board.default.svc:8100"
+
+
+@given(
+    st.decimals("0.000001", "100000", places=6),
+    st.one_of(st.none(), st.decimals("0.01", "1000000", places=2)),
+    st.integers(1, 100),
+)
+def test_all_pods_together_never_spend_more_than_the_budget(day: Decimal, month: Decimal | None, most: int) -> None:
+    month = None if month is None or month < day else month
+    budget = {"usdPerDay": str(day)} | ({} if month is None else {"usdPerMonth": str(month)})
+    case = example("laptop", put("fallback.budget", budget), put("gateway.replicas", {"min": 1, "max": most}))
+    share = configuration(case).spill.usd_per_day
+    assert share is not None
+    pods = most + 1  # a rollout starts one more
+    assert share * pods <= day
+    assert month is None or share * pods * 31 <= month
+    assert day / pods - share < Decimal("0.0001") or month is not None
+
+
+def compatible(name: str, **more: str) -> dict[str, Any]:
+    return {"name": name, "provider": "openai-compatible", "baseUrl": "http://n.example/v1", "model": "m", **more}
+
+
+PRICELESS = {"name": "gpt", "provider": "openai", "model": "m", "secretRef": {"name": "s", "key": "k"}}
+LEFT_OUT = {
+    "another region": (
+        (
+            put("fallback.dataPolicy", {"egress": "Region", "regions": ["eu"]}),
+            put("fallback.targets", [compatible("near", region="eu"), compatible("far", region="us")]),
+        ),
+        {"far": "spec.fallback.targets[1]"},
+    ),
+    "no price": ((put("fallback.targets", [PRICELESS]),), {"gpt": "spec.fallback.targets[0].price"}),
+    "a tier that never spills": (
+        (put("tiers", [{"name": "gold", "fallback": "Never"}]),),
+        {"gpt": "spec.fallback.targets[0]"},
+    ),
+    "a name that metrics take": (
+        (put("fallback.targets", [compatible("none")]),),
+        {"none": "spec.fallback.targets[0].name"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("edits", "expected"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_a_target_that_may_not_be_used_is_left_out_by_field(edits: tuple[Any, ...], expected: dict[str, str]) -> None:
+    case = example("laptop", *edits)
+    assert {one.name: one.field for one in gateway.left_out(case.resource)} == expected
+    assert not {target.name for target in configuration(case).targets} & expected.keys()
+
+
+def test_the_number_of_pods_is_the_autoscalers() -> None:
+    (deployment,) = by_kind(CASES["laptop"], k.DEPLOYMENT)
+    assert "replicas" not in deployment.body["spec"]
+    (scaler,) = by_kind(CASES["laptop"], k.HORIZONTAL_POD_AUTOSCALER)
+    assert (scaler.body["spec"]["minReplicas"], scaler.body["spec"]["maxReplicas"]) == (2, 10)
+    assert scaler.body["spec"]["scaleTargetRef"]["name"] == deployment.ref.name
+
+
+def test_a_pod_has_the_time_to_drain() -> None:
+    (deployment,) = by_kind(CASES["laptop"], k.DEPLOYMENT)
+    pod = deployment.body["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    leave_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] > leave_s + configuration(CASES["laptop"]).limits.drain_s
+    assert deployment.body["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_weights_and_targets_start_no_pod() -> None:
+    case = CASES["laptop"]
+
+    def deployment(**more: Any) -> Rendered:
+        given_ = {"revisions": ["a"], "weights": {"a": 100}, "weights_version": 1, "config": case.config, **more}
+        made = gateway.objects(case.resource, owner=case.owner, **given_)
+        return next(one for one in made if one.ref.kind == k.DEPLOYMENT)
+
+    later = deployment(revisions=["a", "b"], weights={"a": 75, "b": 25}, weights_version=9)
+    assert later.digest == deployment().digest
+    louder = case.config.model_copy(update={"log_level": "DEBUG"})
+    assert deployment(config=louder).digest != deployment().digest, "a process reads its log level when it starts"
+
+
+def allowed(policy: Rendered) -> dict[int | None, list[dict[str, Any]] | None]:
+    """Port → who may reach it; None: everyone, and the port None is every port."""
+    found: dict[int | None, list[dict[str, Any]] | None] = {}
+    for rule in policy.body["spec"]["ingress"]:
+        for port in rule.get("ports", [{"port": None}]):
+            found[port["port"]] = rule.get("from")
+    return found
+
+
+def test_only_those_who_need_a_port_may_reach_it() -> None:
+    policies = {made.ref.name: allowed(made) for made in by_kind(CASES["laptop"], k.NETWORK_POLICY)}
+    public, engine = policies["qwen3-gateway"], policies["qwen3-engine"]
+    assert set(public) == {GATEWAY_PORT, GATEWAY_ADMIN_PORT}
+    assert public[GATEWAY_PORT] is None, "clients come from everywhere"
+    system = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "moestack-system"}}}
+    assert system in (public[GATEWAY_ADMIN_PORT] or [])
+    assert set(engine) == {None, 8000, 8080, 8100, 8265}
+    (of_dashboard,) = engine[8265] or []
+    assert of_dashboard["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
+    (own,) = engine[None] or []
+    assert own["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "engine"
+
+
+def test_an_external_engine_has_no_policy_of_ours() -> None:
+    assert [made.ref.name for made in by_kind(CASES["external-sglang"], k.NETWORK_POLICY)] == ["sglang-gateway"]
