@@ -86,6 +86,7 @@ class RevisionStatus(SpecModel):
     slo_percent: Annotated[int, Field(strict=True, ge=0, le=100)] | None = told(
         "Requests within the SLO when the last step away from it began.", unit="percent"
     )
+    unready_since: Time | None = told("Since when it takes traffic and does not answer.")
     drain_deadline: Time | None = told("When it is deleted whatever is in flight.")
     failed_generation: Generation | None = told("Generation of the spec for which it failed; it is not tried again.")
     message: Sentence | None = told("Why it stands there.")

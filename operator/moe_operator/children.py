@@ -37,9 +37,12 @@ NOT_OURS: frozenset[Kind] = frozenset({k.RAY_CLUSTER, k.ENDPOINT_SLICE})
 
 @dataclass(frozen=True, slots=True)
 class RayFacts:
-    """State of a RayService."""
+    """State of a RayService. KubeRay's own Ready says that proxies answer, whatever becomes of the application."""
 
     ready: bool = False
+    """The application runs and is reached."""
+    deploying: bool = False
+    """It is reached, and Serve is changing it: replicas of before may still answer."""
     since: int | None = None
     message: str = ""
     cluster: str = ""
@@ -159,8 +162,11 @@ def _ray_service(obj: Obj) -> RayFacts:
         for app in (part.get("applicationStatuses") or {}).values()
         if app.get("status") not in ("RUNNING", None)
     ]
+    apps = [str(app.get("status")) for app in (active.get("applicationStatuses") or {}).values()]
+    reached = ready.get("status") == "True" and bool(apps)
     return RayFacts(
-        ready=ready.get("status") == "True" and status.get("observedGeneration", 0) > 0,
+        ready=reached and all(app == "RUNNING" for app in apps),
+        deploying=reached and all(app in ("RUNNING", "DEPLOYING") for app in apps),
         since=unix_s(ready.get("lastTransitionTime")),
         message=next((m for m in messages if m), "") or str(ready.get("message", "")),
         cluster=active.get("rayClusterName") or pending.get("rayClusterName") or "",

@@ -298,6 +298,7 @@ def _revision(snapshot: Snapshot, name: str, rollout: Rollout) -> RevisionStatus
             "createdAt": before.created_at if before is not None and before.created_at else rfc3339(snapshot.now),
             "stepStartedAt": None if own.step_started_at is None else rfc3339(own.step_started_at),
             "drainDeadline": None if own.drain_deadline is None else rfc3339(own.drain_deadline),
+            "unreadySince": None if own.unready_since is None else rfc3339(own.unready_since),
             "failedGeneration": own.failed_generation,
             "sloPercent": own.slo_percent,
             "message": own.message or (snapshot.facts(name).message or None if exists else None),

@@ -39,6 +39,8 @@ class Revision:
     message: str | None = None
     slo_percent: int | None = None
     """Share of its requests within the SLO when the last step away from it began: what the next one is held to."""
+    unready_since: int | None = None
+    """Since when it takes traffic and is not ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,6 @@ class Sight:
     """Its RayService is there, even if it is on its way out."""
     deleting: bool = False
     ready: bool = False
-    unready_since: int | None = None
     in_flight: int | None = None
     """Requests at it over all gateways; None where a gateway did not say."""
     met: int = 0
@@ -122,7 +123,7 @@ class _Turn:
 
     def __init__(self, context: Context) -> None:
         self.c = context
-        self.revisions = {revision.name: revision for revision in context.revisions}
+        self.revisions = {revision.name: self._watched(revision) for revision in context.revisions}
         self.wanted: set[str] = set()
         self.times: list[int] = []
         self.polls = False
@@ -138,6 +139,12 @@ class _Turn:
         else:
             self._toward(c.target)
         return self._answer()
+
+    def _watched(self, revision: Revision) -> Revision:
+        """KubeRay does not say since when an application is not well, so it is remembered here."""
+        well = revision.weight == 0 or self.c.sight(revision.name).ready
+        since = None if well else revision.unready_since if revision.unready_since is not None else self.c.now
+        return replace(revision, unready_since=since)
 
     # What is wanted
 
@@ -251,7 +258,7 @@ class _Turn:
         if not sight.exists or sight.deleting:
             return "was deleted while traffic moved to it", ""
         if not sight.ready:
-            since = sight.unready_since if sight.unready_since is not None else c.now
+            since = own.unready_since if own.unready_since is not None else c.now
             self.times.append(since + UNREADY_GRACE_S)
             late = c.now - since >= UNREADY_GRACE_S
             words = f"was not ready for {UNREADY_GRACE_S} s at {own.weight} % of the traffic"
@@ -323,6 +330,8 @@ class _Turn:
 
     def _set(self, name: str, **changes: object) -> Revision:
         found = replace(self.revisions[name], **changes)  # type: ignore[arg-type]
+        if found.weight == 0 and found.unready_since is not None:
+            found = replace(found, unready_since=None)
         self.revisions[name] = found
         return found
 

@@ -80,6 +80,7 @@ class Snapshot:
                 failed_generation=r.failed_generation,
                 message=r.message or None,
                 slo_percent=r.slo_percent,
+                unready_since=unix_s(r.unready_since),
             )
             for r in self.status.revisions
         )
@@ -89,14 +90,14 @@ class Snapshot:
     def sights(self) -> dict[str, Sight]:
         """What is seen of each revision that exists."""
         found = {}
+        serving = {r.name for r in self.status.revisions if r.weight > 0}
         for child in self.of_kind(k.RAY_SERVICE):
             name, facts = child.ref.name, self.facts(child.ref.name)
             in_flight, met, missed = self._traffic(name)
             found[name] = Sight(
                 exists=True,
                 deleting=child.deleting,
-                ready=facts.ready,
-                unready_since=None if facts.ready else facts.since,
+                ready=facts.ready or (facts.deploying and name in serving),
                 in_flight=in_flight,
                 met=met,
                 missed=missed,

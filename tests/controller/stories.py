@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from moe_api.annotations import PAUSED
@@ -111,9 +112,14 @@ STORIES: dict[str, Story] = {
 
 def world_of(story: Story) -> World:
     """A world at the point where the faults of a story begin, with an empty journal."""
+    return copy.deepcopy(_prepared(story.before))
+
+
+@lru_cache
+def _prepared(before: Callable[[World], Any] | None) -> World:
     world = World()
-    if story.before is not None:
-        story.before(world)
+    if before is not None:
+        before(world)
         world.run(START_S)
         assert world.idle_writes(2) == 0
     world.journal.clear()

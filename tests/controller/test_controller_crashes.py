@@ -43,5 +43,5 @@ def _crashed(name: str, write: int, action: Action) -> tuple[Any, Counter[tuple[
     world.api.add(action, write=write)
     play(STORIES[name], world)
     assert world.crashes == 1
-    assert world.idle_writes() == 0
+    assert world.idle_writes(1) == 0
     return world.state(), world.counts() - start

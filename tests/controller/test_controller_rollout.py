@@ -50,7 +50,6 @@ class World:
         return Sight(
             exists=True,
             ready=ready,
-            unready_since=unready,
             in_flight=self.in_flight.get(name, 0),
             met=met,
             missed=count - met,
