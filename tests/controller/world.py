@@ -363,6 +363,7 @@ class World:
             outcome: Outcome = now(run(reconcile(key, self.config), performer.perform))
         except Crash:
             self.crashes += 1
+            self._check_intent(key)
             return None
         except ApiError as error:
             self._again(key, error)
@@ -375,6 +376,15 @@ class World:
         if outcome.requeue_s is not None:
             self._due(key, outcome.requeue_s)
         return outcome
+
+    def _check_intent(self, key: Key) -> None:
+        """What was done so far was in status before: the weights of gateways, and each RayService."""
+        namespace, name = key
+        status = (self.resource(name) or {}).get("status") or {}
+        config = self.cluster.find(Ref(k.CONFIG_MAP, namespace, gateway_name(name)))
+        if config is not None and self.resource(name) is not None:
+            document = json.loads(next(iter(config["data"].values())))
+            assert document.get("weightsVersion", 0) <= status.get("weightsVersion", 0), "weights before their intent"
 
     def _again(self, key: Key, error: ApiError | str) -> None:
         self.errors.append(str(error))
