@@ -40,7 +40,10 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	$(PY) -m moe_cli.main crd --check manifests/crd/moestack.dev_moedeployments.yaml
 
 unit: setup ## tests that need no engine and no control plane
-	.venv/bin/pytest -m "not cluster and not engine and not full"
+	.venv/bin/pytest -m "not faults and not cluster and not engine and not full"
+
+faults: setup ## the operator's fault suites on the in-memory API server, on two cores
+	.venv/bin/pytest -m "faults and not full" -n 2
 
 control-plane: ## build the Kubernetes that `make cluster` runs: once, minutes; KUBEBUILDER_ASSETS skips it
 	@$(PYTHON) tools/controlplane/build.py
@@ -51,7 +54,7 @@ cluster: setup control-plane ## tests on a real Kubernetes control plane and the
 engine: setup ## tests on the real vLLM and Ray Serve, one after another
 	.venv/bin/pytest -m "engine and not full"
 
-test: check unit cluster engine ## everything that CI runs
+test: check unit faults cluster engine ## everything that CI runs
 
 test-full: check control-plane ## the long forms as well
 	.venv/bin/pytest

@@ -11,6 +11,7 @@ from moe_kube.faults import API_ERRORS, Rule, answer
 from tests.controller.stories import START_S, STORIES, play, world_of
 from tests.controller.world import SPEC, World
 
+pytestmark = pytest.mark.faults
 NAMES = ("create", "upgrade by Surge", "rollback of Bridge")
 LASTING = {
     "403": ("Forbidden", "Forbidden"),

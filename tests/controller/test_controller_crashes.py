@@ -11,6 +11,7 @@ import pytest
 from moe_kube.faults import CRASH_AFTER, CRASH_BEFORE, Action
 from tests.controller.stories import STORIES, play, world_of
 
+pytestmark = pytest.mark.faults
 POINTS = {"before": CRASH_BEFORE, "after": CRASH_AFTER}
 
 

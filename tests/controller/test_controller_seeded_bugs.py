@@ -21,6 +21,7 @@ from tests.controller import stories
 from tests.controller.stories import START_S, STORIES, play
 from tests.controller.world import World
 
+pytestmark = pytest.mark.faults
 Seed = Callable[[pytest.MonkeyPatch], None]
 Suite = Callable[[], None]
 
