@@ -7,7 +7,7 @@ PYTHON ?= python3
 FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
-.PHONY: help setup up down test test-full check unit cluster control-plane engine lock crd golden fmt system
+.PHONY: help setup up down test test-full check unit faults cluster control-plane engine lock crd golden fmt system
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
