@@ -7,7 +7,7 @@ PYTHON ?= python3
 FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
-.PHONY: help setup up down test test-full check unit faults cluster control-plane engine lock crd golden fmt system
+.PHONY: help setup up down test test-full check unit faults cluster control-plane engine lock crd rbac golden fmt system
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -38,6 +38,7 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	$(PY) -m moe_cli.main crd --check manifests/crd/moestack.dev_moedeployments.yaml
+	$(PY) -m moe_operator.rbac --check manifests/operator/rbac.yaml
 
 unit: setup ## tests that need no engine and no control plane
 	.venv/bin/pytest -m "not faults and not cluster and not engine and not full"
@@ -64,6 +65,9 @@ crd: setup ## write the CRD from the types
 
 golden: setup ## write the golden renders of the tests anew, to be read in the diff
 	$(PY) -m tests.render.cases
+
+rbac: setup ## write the operator's rights from the table of what it calls
+	$(PY) -m moe_operator.rbac --write manifests/operator/rbac.yaml
 
 fmt: setup ## format and sort
 	.venv/bin/ruff format .

@@ -2,95 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
 from typing import Any
 
-import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_core import metrics
-from moe_core.clock import FakeClock
-from moe_core.config import OperatorConfig
 from moe_kube import objects as k
-from moe_kube.fake import FakeCluster
-from moe_kube.faults import WRITES, Call, Journal, Rule, answer, before
-from moe_kube.faulty import FaultyApi
-from moe_kube.objects import Obj, Ref
+from moe_kube.faults import WRITES, Call, Rule, answer, before
+from moe_kube.objects import Ref
 from moe_operator import server as server_module
-from moe_operator.requests import AskGateways, Gateways, SendWeights
-from moe_operator.server import LEASE_NAME, STUCK_S, OperatorServer
-
-DIGEST = "sha256:" + "a" * 64
-SPEC: Obj = {
-    "model": {"id": "Qwen/Qwen3-235B-A22B-FP8"},
-    "hardware": {"accelerator": "nvidia-h100", "gpusPerReplica": 4},
-    "slo": {"ttftP95": "800ms", "itlP95": "50ms"},
-}
-LEASES = frozenset({k.LEASE})
-APART = (k.LEASE, k.EVENT)
-LEASE = Ref(k.LEASE, "moestack-system", LEASE_NAME)
-
-
-class NoGateways:
-    async def ask(self, request: AskGateways) -> Gateways:
-        return Gateways(silent=len(request.pods))
-
-    async def send(self, request: SendWeights) -> int:
-        return 0
-
-
-@dataclass
-class Bench:
-    """A cluster, and operators on it that share a clock and a journal."""
-
-    clock: FakeClock = field(default_factory=FakeClock)
-    journal: Journal = field(default_factory=Journal)
-
-    def __post_init__(self) -> None:
-        self.cluster = FakeCluster(clock=self.clock)
-        self.apis: dict[str, FaultyApi] = {}
-
-    def put(self, name: str, spec: Obj = SPEC) -> None:
-        ref = Ref(k.MOE_DEPLOYMENT, "serving", name)
-        self.cluster.apply(ref, {"metadata": {}, "spec": spec}, manager="person")
-
-    @asynccontextmanager
-    async def operator(self, name: str = "one", *rules: Rule, **config: Any) -> AsyncIterator[OperatorServer]:
-        made = OperatorConfig(
-            identity=name,
-            engine_image=f"registry.example.com/engine@{DIGEST}",
-            gateway_image=f"registry.example.com/gateway@{DIGEST}",
-            **config,
-        )
-        api = self.apis[name] = FaultyApi(
-            self.cluster.client("operator"), journal=self.journal, rules=rules, clock=self.clock, client=name
-        )
-        server = OperatorServer(made, api, clock=self.clock, fleet=NoGateways())
-        await server.start()
-        try:
-            yield server
-        finally:
-            await server.stop()
-
-    async def pass_time(self, seconds: float, step: float = 0.25) -> None:
-        for _ in range(round(seconds / step)):
-            await self.clock.advance(step)
-
-    def writes(self, client: str) -> list[str]:
-        """What an operator wrote for MoEDeployments: neither its lease nor Events."""
-        return [str(call) for call in self.journal.calls if call.client == client and ours(call)]
-
-
-def ours(call: Call) -> bool:
-    return call.verb in WRITES and call.kind not in APART and call.committed
-
-
-async def get(server: OperatorServer, path: str) -> tuple[int, str]:
-    async with aiohttp.ClientSession() as client, client.get(f"http://127.0.0.1:{server.port}{path}") as answer_:
-        return answer_.status, await answer_.text()
+from moe_operator.server import STUCK_S, OperatorServer
+from tests.controller.operators import APART, LEASE, LEASES, Bench, get, ours
 
 
 async def values(server: OperatorServer) -> dict[str, dict[tuple[str, ...], float]]:
