@@ -8,7 +8,7 @@ asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_DOWN, Decimal
 from typing import Any, Literal
 
 from moe_api.enums import AuthMode
@@ -179,10 +179,13 @@ def unserved(config: ServingConfig) -> tuple[Problem, ...]:
     return tuple(found)
 
 
-def unguarded(resource: MoEDeployment) -> tuple[Problem, ...]:
-    """What the gateway cannot do yet and nobody may take for done."""
+def unsupported(resource: MoEDeployment) -> tuple[Problem, ...]:
+    """What cannot be had in a cluster, whatever the engine: nobody may take it for done."""
     spec = resource.spec
     found = []
+    if not resource.metadata.name[0].isalpha():
+        message = "begins with a digit, and names of Services must begin with a letter"
+        found.append(Problem("metadata.name", message, "choose a name that begins with a letter"))
     if spec.gateway.auth.mode not in SPOKEN_AUTH:
         message = f"{spec.gateway.auth.mode.value}: the gateway does not check who asks yet"
         remedy = "set it to None with exposure ClusterIP, and check at the cluster's own edge"
@@ -194,10 +197,10 @@ def unguarded(resource: MoEDeployment) -> tuple[Problem, ...]:
 
 
 def usd_per_day(fallback: FallbackSpec) -> Decimal | None:
-    """Dollars a day that keep the day's limit, and the month's in its longest form."""
+    """Dollars a day that keep the day's limit, and the month's in its longest form; rounded down."""
     day, month = fallback.budget.usd_per_day, fallback.budget.usd_per_month
     limits = [limit for limit in (day, None if month is None else month / DAYS_IN_A_MONTH) if limit is not None]
-    return min(limits).quantize(Decimal("0.000001")) if limits else None
+    return min(limits).quantize(Decimal("0.000001"), rounding=ROUND_DOWN) if limits else None
 
 
 def forbidden(spec: MoEDeploymentSpec, target: FallbackTarget) -> str | None:

@@ -8,9 +8,11 @@ from moe_api.enums import TuningMode
 from moe_api.status import Condition, ConditionType, MoEDeploymentStatus
 from moe_api.status import RevisionPhase as Phase
 from moe_core.moments import rfc3339
+from moe_core.process_config import unsupported
 from moe_kube import objects as k
 from moe_operator.children import ClusterFacts, DeploymentFacts
 from moe_operator.names import gateway_name
+from moe_operator.render import exposure, gateway
 from moe_operator.rollout import SLO_MIN_REQUESTS, SLO_SHARE, Rollout
 from moe_operator.snapshot import Snapshot
 
@@ -41,7 +43,7 @@ class Trouble:
 def judge(snapshot: Snapshot, rollout: Rollout | None, trouble: Trouble) -> tuple[Said, ...]:
     """Every condition that speaks of this snapshot."""
     return (
-        Said(ConditionType.ACCEPTED, "True", "Valid"),
+        _accepted(snapshot),
         _fits(snapshot),
         _cluster(snapshot, rollout, trouble),
         _serving(snapshot, rollout),
@@ -50,6 +52,18 @@ def judge(snapshot: Snapshot, rollout: Rollout | None, trouble: Trouble) -> tupl
         _tuning(snapshot),
         _degraded(snapshot, rollout, trouble),
     )
+
+
+def _accepted(snapshot: Snapshot) -> Said:
+    kind, resource = ConditionType.ACCEPTED, snapshot.resource
+    unmade = [*unsupported(resource), *exposure.problems_of(resource)]
+    if unmade:
+        return Said(kind, "False", "NotSupported", "; ".join(map(str, unmade)))
+    out = gateway.left_out(resource)
+    if out:
+        said = "; ".join(f"{one.name} ({one.field}): {one.why}" for one in out)
+        return Said(kind, "True", "FallbackTargetLeftOut", f"not used: {said}")
+    return Said(kind, "True", "Valid")
 
 
 def refused(message: str) -> tuple[Said, ...]:

@@ -179,8 +179,8 @@ def _shown(snapshot: Snapshot, rollout: Rollout, name: str) -> bool:
 
 
 def _gateway(snapshot: Snapshot, rollout: Rollout | None, shown: tuple[str, ...]) -> tuple[Rendered, ...]:
-    if not snapshot.config.gateway_image:
-        return ()
+    if gateway.problems_of(snapshot.resource, snapshot.config):
+        return ()  # what there is stays as it is: `_removals`
     weights = {} if rollout is None else {name: rollout.weights.get(name, 0) for name in shown}
     version = snapshot.status.weights_version if rollout is None else rollout.weights_version
     made = gateway.objects(
@@ -215,10 +215,12 @@ def _external(snapshot: Snapshot) -> Plan:
 def _removals(snapshot: Snapshot, objects: tuple[Rendered, ...]) -> tuple[Child, ...]:
     """What is ours and should not be. RayServices go first, then what belongs to them."""
     wanted = {rendered.ref for rendered in objects}
+    # A gateway that cannot be made as asked goes on as it was: a mistake in the spec is no reason for an outage.
+    kept = gateway.names(snapshot.owner) if gateway.problems_of(snapshot.resource, snapshot.config) else frozenset()
     surplus = [
         child
         for ref, child in snapshot.children.items()
-        if ref not in wanted and ref.kind not in NOT_OURS and not child.deleting
+        if ref not in wanted and ref.kind not in NOT_OURS and not child.deleting and ref.name not in kept
     ]
     return tuple(sorted(surplus, key=lambda child: (child.ref.kind != k.RAY_SERVICE, child.ref)))
 

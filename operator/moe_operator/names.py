@@ -72,6 +72,11 @@ def gateway_admin_name(deployment: str) -> str:
     return f"{deployment}-gateway-admin"
 
 
+def engine_policy_name(deployment: str) -> str:
+    """Name of the NetworkPolicy, and of the PodMonitor, of a deployment's engines."""
+    return f"{deployment}-engine"
+
+
 def serve_url(namespace: str, revision: str) -> str:
     """OpenAI base of a revision: the Service that KubeRay keeps on the pods that serve."""
     return f"http://{revision}-serve-svc.{namespace}.svc:{SERVE_PORT}/v1"

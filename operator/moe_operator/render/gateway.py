@@ -23,6 +23,7 @@ from moe_operator.names import (
     GATEWAY_PORT,
     Owner,
     board_url,
+    engine_policy_name,
     gateway_admin_name,
     gateway_name,
     labels,
@@ -90,11 +91,16 @@ def objects(
 
 def problems_of(resource: MoEDeployment, config: OperatorConfig) -> tuple[Problem, ...]:
     """Why there can be no gateway for this resource."""
-    found = [*process_config.unguarded(resource), *exposure.problems_of(resource)]
+    found = [*process_config.unsupported(resource), *exposure.problems_of(resource)]
     if config.gateway_image is None:
         message = "the operator knows no image of the gateway"
         found.append(Problem("gatewayImage", message, "set it in the operator's configuration"))
     return tuple(found)
+
+
+def names(owner: Owner) -> frozenset[str]:
+    """Names of what `objects` makes."""
+    return frozenset({gateway_name(owner.name), gateway_admin_name(owner.name), engine_policy_name(owner.name)})
 
 
 def left_out(resource: MoEDeployment) -> tuple[LeftOut, ...]:

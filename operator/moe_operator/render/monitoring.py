@@ -16,7 +16,7 @@ from moe_core.metrics import Metric
 from moe_core.process_config import usd_per_day
 from moe_kube import objects as k
 from moe_kube.objects import Kind
-from moe_operator.names import Owner, gateway_name, labels
+from moe_operator.names import Owner, engine_policy_name, gateway_name, labels
 from moe_operator.render import network
 from moe_operator.render.cluster import ENGINE
 from moe_operator.render.objects import Rendered, rendered
@@ -66,7 +66,7 @@ def objects(
     if spec.monitors is not Toggle.DISABLED and k.POD_MONITOR in present:
         made.append(_monitor(resource, owner, gateway_name(owner.name), "gateway", ("admin",)))
         if revisions:
-            made.append(_monitor(resource, owner, f"{owner.name}-engine", ENGINE, ("board", "metrics")))
+            made.append(_monitor(resource, owner, engine_policy_name(owner.name), ENGINE, ("board", "metrics")))
     if spec.alerts is not Toggle.DISABLED and k.PROMETHEUS_RULE in present:
         rules = [alert.to_json(owner.key) for alert in alerts(resource)]
         content = {"spec": {"groups": [{"name": f"moestack.{owner.namespace}.{owner.name}", "rules": rules}]}}

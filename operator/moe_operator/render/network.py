@@ -20,6 +20,7 @@ from moe_operator.names import (
     GATEWAY_PORT,
     SERVE_PORT,
     Owner,
+    engine_policy_name,
     gateway_name,
     labels,
 )
@@ -54,7 +55,7 @@ def policies(resource: MoEDeployment, config: OperatorConfig, owner: Owner) -> t
             _rule((DASHBOARD_PORT,), kuberay),
             _rule((METRICS_PORT,), prometheus),
         ]
-        made.append(_policy(owner, f"{owner.name}-engine", ENGINE, engine))
+        made.append(_policy(owner, engine_policy_name(owner.name), ENGINE, engine))
     return tuple(made)
 
 

@@ -50,7 +50,7 @@ def pin(
         max_batched_tokens=spec.engine.max_batched_tokens or plan.max_batched_tokens,
         trusted_keys=config.trusted_keys,
     ).model_copy(update={"board_host": "0.0.0.0", "board_port": BOARD_PORT})  # noqa: S104 - of its own pod
-    problems = (*_unnamable(name), *_unrenderable(resource), *process_config.unserved(serving))
+    problems = (*_unrenderable(resource), *process_config.unserved(serving))
     if problems:
         raise NotRenderable(*problems)
     owner = Owner(resource.metadata.namespace, resource.metadata.name, resource.metadata.uid or "")
@@ -134,16 +134,9 @@ def _rendered(
     return rendered(kind, owner, name, labels(owner, component, record.name), content, renderer=record.renderer)
 
 
-def _unnamable(name: str) -> tuple[Problem, ...]:
-    if name[:1].isalpha():
-        return ()
-    message = "begins with a digit, and names of Services and of RayServices must begin with a letter"
-    return (Problem("metadata.name", message, "choose a name that begins with a letter"),)
-
-
 def _unrenderable(resource: MoEDeployment) -> tuple[Problem, ...]:
     spec = resource.spec
-    found = list(process_config.unguarded(resource))
+    found = list(process_config.unsupported(resource))
     if spec.engine.kind is EngineKind.EXTERNAL or spec.hardware is None:
         found.append(Problem("spec.engine.kind", "External: an engine that runs elsewhere has no revision", "use VLLM"))
         return tuple(found)
