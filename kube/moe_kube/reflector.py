@@ -135,6 +135,11 @@ class Reflector(Generic[T]):
         if known and isinstance(version, int) and isinstance(self._seen, int) and version > self._seen:
             self._put(ref_of(self.kind, obj), version, self._project(obj))
 
+    def forget(self, ref: Ref) -> None:
+        """Take the server's word that it is gone, ahead of the watch, or in its place where the watch missed it."""
+        if ref in self._store:
+            self._drop(ref)
+
     async def run(self) -> None:
         """Follow the server until cancelled."""
         failures = 0

@@ -28,6 +28,9 @@ from moe_operator.children import WATCHED, Child, Key, keys_of, project
 from moe_operator.names import MANAGED_SELECTOR
 from moe_operator.requests import Observed
 
+RELIST_S = 3600.0
+"""How often each kind is listed anew, about: a watch that lost a change for good is put right by nothing else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -93,6 +96,7 @@ class Caches:
                     clock=clock,
                     on_change=self._on_resource,
                     namespace=namespace,
+                    relist_every_s=RELIST_S,
                     rng=draw,
                 )
             }
@@ -107,6 +111,7 @@ class Caches:
                     index=keys_of,
                     namespace=namespace,
                     labels=MANAGED_SELECTOR,
+                    relist_every_s=RELIST_S,
                     rng=draw,
                 )
             self._scopes[scope] = of_kind
@@ -175,6 +180,20 @@ class Caches:
         self._learning = True
         try:
             of_kind[ref.kind].learn(obj)
+        finally:
+            self._learning = False
+
+    def forget(self, ref: Ref, uid: str) -> None:
+        """The server has said that this child of ours is no more: it wakes nobody."""
+        of_kind = self._of(ref.namespace)
+        if of_kind is None or ref.kind not in of_kind or ref.kind == MOE_DEPLOYMENT:
+            return
+        child: Child | None = of_kind[ref.kind].get(ref)
+        if child is None or child.uid != uid:
+            return
+        self._learning = True
+        try:
+            of_kind[ref.kind].forget(ref)
         finally:
             self._learning = False
 

@@ -42,6 +42,10 @@ class Caches(Protocol):
         """The answer to a write of ours: nobody needs to wait for the watch to bring it."""
         ...
 
+    def forget(self, ref: Ref, uid: str) -> None:
+        """The server says that there is none of that uid any more."""
+        ...
+
 
 class Fleet(Protocol):
     """The gateways and boards of deployments. Neither call raises: who does not answer is counted."""
@@ -105,18 +109,31 @@ class Performer:
         body = request.rendered.body
         if request.uid:
             body = {**body, "metadata": {**body["metadata"], "uid": request.uid}}
-        return await self._api.apply(request.rendered.ref, body, manager=OPERATOR_MANAGER, force=bool(request.uid))
+        ref, uid = request.rendered.ref, request.uid
+        try:
+            return await self._api.apply(ref, body, manager=OPERATOR_MANAGER, force=bool(uid))
+        except Conflict:
+            if uid:
+                await self._is_gone(ref, uid)  # then the next try makes it anew
+            raise
 
     async def _remove(self, ref: Ref, uid: str) -> None:
         try:
             await self._api.delete(ref, uid=uid)
         except NotFound:
-            return  # gone, and be it with its kind
+            self._caches.forget(ref, uid)  # gone, and be it with its kind
         except Conflict:
             # Usually another object has the name by now, and ours is gone; anything else is an error.
-            found = await self._get(ref)
-            if found is not None and found["metadata"].get("uid") == uid:
+            if not await self._is_gone(ref, uid):
                 raise
+
+    async def _is_gone(self, ref: Ref, uid: str) -> bool:
+        """Asks the server whether there is none of that uid, and sees to it that the cache knows as well."""
+        found = await self._get(ref)
+        gone = found is None or found["metadata"].get("uid") != uid
+        if gone:
+            self._caches.forget(ref, uid)
+        return gone
 
     async def _write_status(self, request: WriteStatus) -> Obj:
         document = status_document(request.ref, dict(request.status), request.resource_version)

@@ -234,3 +234,23 @@ async def test_conditions_are_counted_as_they_come_and_go() -> None:
         await bench.pass_time(1.0)
         assert +bench.caches.conditions == {}
         assert len(bench.caches) == 1
+
+
+async def test_what_the_server_says_is_gone_is_forgotten_and_wakes_nobody() -> None:
+    bench = Bench()
+    bench.put()
+    ref, body = child(k.CONFIG_MAP, "moe-gateway", data={"x": "1"})
+    async with bench.following():
+        uid = bench.cluster.create(ref, body)["metadata"]["uid"]
+        bench.api.add_watch("miss_delete", kind=k.CONFIG_MAP)
+        await bench.woken_by()
+        bench.cluster.delete(ref)
+        await bench.woken_by()
+        bench.caches.forget(ref, "another")
+        assert [c.ref for c in bench.caches.look(KEY).children] == [ref]
+        bench.caches.forget(ref, uid)
+        bench.caches.forget(ref, uid)
+        assert bench.caches.look(KEY).children == ()
+        assert await bench.woken_by() == []
+        bench.cluster.create(ref, body)
+        assert await bench.woken_by() == [KEY]

@@ -47,6 +47,7 @@ class Spy:
     """Caches, gateways and Events that note what they are given."""
 
     learnt: list[tuple[Ref, str]] = field(default_factory=list)
+    forgotten: list[tuple[Ref, str]] = field(default_factory=list)
     told: list[Tell] = field(default_factory=list)
     sent: list[SendWeights] = field(default_factory=list)
 
@@ -55,6 +56,9 @@ class Spy:
 
     def learn(self, ref: Ref, obj: Obj) -> None:
         self.learnt.append((ref, obj["metadata"]["resourceVersion"]))
+
+    def forget(self, ref: Ref, uid: str) -> None:
+        self.forgotten.append((ref, uid))
 
     async def ask(self, request: AskGateways) -> Gateways:
         return Gateways(silent=len(request.pods))
@@ -147,7 +151,9 @@ async def test_remove_deletes_the_one_of_that_uid() -> None:
     made = await bench.perform(Apply(config_map()))
     await bench.perform(Remove(CONFIG, made["metadata"]["uid"]))
     assert bench.cluster.find(CONFIG) is None
-    await bench.perform(Remove(CONFIG, made["metadata"]["uid"]))  # gone already
+    assert bench.spy.forgotten == []
+    await bench.perform(Remove(CONFIG, made["metadata"]["uid"]))  # gone already: the cache does not know
+    assert bench.spy.forgotten == [(CONFIG, made["metadata"]["uid"])]
 
 
 async def test_remove_leaves_a_namesake_and_counts_ours_as_gone() -> None:
@@ -157,6 +163,21 @@ async def test_remove_leaves_a_namesake_and_counts_ours_as_gone() -> None:
     bench.cluster.create(CONFIG, config_map("theirs").body)
     await bench.perform(Remove(CONFIG, first["metadata"]["uid"]))
     assert bench.cluster.get(CONFIG)["data"] == {"config": "theirs"}
+    assert bench.spy.forgotten == [(CONFIG, first["metadata"]["uid"])]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_an_apply_to_one_that_is_gone_is_a_conflict_after_which_the_cache_knows(gone: bool) -> None:
+    bench = Bench()
+    made = await bench.perform(Apply(config_map()))
+    uid = made["metadata"]["uid"]
+    if gone:
+        bench.cluster.delete(CONFIG)
+    else:
+        bench.api.add(answer(409), verbs=frozenset({"apply"}))
+    with pytest.raises(Conflict):
+        await bench.perform(Apply(config_map("2"), uid))
+    assert bench.spy.forgotten == ([(CONFIG, uid)] if gone else [])
 
 
 async def test_remove_that_conflicts_while_ours_is_there_is_an_error() -> None:

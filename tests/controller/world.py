@@ -283,6 +283,9 @@ class LiveCaches:
     def learn(self, ref: Ref, obj: Obj) -> None:
         """These caches are the cluster itself."""
 
+    def forget(self, ref: Ref, uid: str) -> None:
+        """These caches are the cluster itself."""
+
 
 def _managed(labels: Mapping[str, str]) -> bool:
     return all(labels.get(name) == value for name, value in MANAGED_BY.items())
