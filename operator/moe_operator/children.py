@@ -164,11 +164,12 @@ def _ray_service(obj: Obj) -> RayFacts:
     ]
     apps = [str(app.get("status")) for app in (active.get("applicationStatuses") or {}).values()]
     reached = ready.get("status") == "True" and bool(apps)
+    up = reached and all(app == "RUNNING" for app in apps)
     return RayFacts(
-        ready=reached and all(app == "RUNNING" for app in apps),
+        ready=up,
         deploying=reached and all(app in ("RUNNING", "DEPLOYING") for app in apps),
         since=unix_s(ready.get("lastTransitionTime")),
-        message=next((m for m in messages if m), "") or str(ready.get("message", "")),
+        message=next((m for m in messages if m), "") or ("" if up else str(ready.get("message", ""))),
         cluster=active.get("rayClusterName") or pending.get("rayClusterName") or "",
     )
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,12 @@ class Component:
 
 
 def start(
-    name: str, command: Sequence[str | Path], log: Path, ready: Callable[[], bool], deadline_s: float = READY_S
+    name: str,
+    command: Sequence[str | Path],
+    log: Path,
+    ready: Callable[[], bool],
+    deadline_s: float = READY_S,
+    environment: Mapping[str, str] | None = None,
 ) -> Component:
     """Starts one process and waits until `ready` says so. Raises ComponentFailed."""
     with log.open("ab") as output:
@@ -84,6 +89,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,  # Ctrl-C is for pytest alone, which then stops the parts in order
             # Not SIGTERM: an API server whose etcd went first would wait for minutes to end gracefully.
             preexec_fn=partial(die_with_parent, signal.SIGKILL),  # noqa: PLW1509  one system call, no lock

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +11,11 @@ import pytest
 from tests.cluster.control_plane import ROOT, ControlPlane, eventually, running
 from tests.cluster.fake_ray import FakeRay, fake_ray_before
 from tests.cluster.kuberay import install_crds, start_kuberay
+from tests.cluster.namespaces import TEST_LABEL, fresh_namespace
 from tests.cluster.nodes import gpu_node
 
-TEST_LABEL = "moestack.dev/test-namespace"
-# What a controller would go on working on while its namespace is being deleted, which takes seconds.
-WORK = (
-    "/apis/moestack.dev/v1alpha1/namespaces/{}/moedeployments",
-    "/apis/ray.io/v1/namespaces/{}/rayservices",
-    "/apis/ray.io/v1/namespaces/{}/rayclusters",
-    "/apis/apps/v1/namespaces/{}/deployments",
-)
+STORIES = [f"tests.cluster.{path.stem}" for path in Path(__file__).parent.glob("stories_*.py")]
+pytest.register_assert_rewrite(*STORIES)
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +35,8 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
 @pytest.fixture
 def namespace(control_plane: ControlPlane) -> Iterator[str]:
     """A fresh namespace, ready for pods. Its workloads go when the test ends, the rest soon after."""
-    name = f"t-{secrets.token_hex(4)}"
-    metadata = {"name": name, "labels": {TEST_LABEL: "true"}}
-    made = control_plane.ask("POST", "/api/v1/namespaces", {"metadata": metadata})
-    assert made.ok, made.text
-    account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
-    eventually(f"{account} is there", lambda: control_plane.ask("GET", account).ok)
-    yield name
-    for path in WORK:
-        control_plane.ask("DELETE", path.format(name), {"propagationPolicy": "Background"})
-    control_plane.ask("DELETE", f"/api/v1/namespaces/{name}")
+    with fresh_namespace(control_plane) as name:
+        yield name
 
 
 @pytest.fixture(scope="session")

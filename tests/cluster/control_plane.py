@@ -63,6 +63,7 @@ CONTROLLERS = (
     "endpointslice-controller",
     "disruption-controller",
     "clusterrole-aggregation-controller",
+    "persistentvolumeclaim-protection-controller",  # its finalizer is on every claim
 )
 WAIT_S = 30.0
 APPLY = "application/apply-patch+yaml"
