@@ -74,8 +74,8 @@ def field_set(value: Any, shape: Shape | None, *, every: bool = False) -> Fields
         for key, item in keyed(value, shape).items():
             sub = field_set(item, shape.rest, every=every) if form == "list" else {}
             out[key] = {**_SELF, **sub} if sub else {}
-    if every and out:
-        return {**_SELF, **out}
+    if every:
+        return {**_SELF, **out} if out else {}
     return out or None
 
 
@@ -129,7 +129,10 @@ def _merge_items(live: list[Any], wanted: list[Any], shape: Shape) -> list[Any]:
 
 
 def prune(value: Any, last: Fields, keepers: Sequence[Fields], shape: Shape | None) -> Any:
-    """The value without the fields of `last` that none of `keepers` holds: what a manager no longer sends."""
+    """The value without the fields of `last` that none of `keepers` holds: what a manager no longer sends.
+
+    What is emptied by it is null, as the API server makes it; what comes of that is for its kind to say.
+    """
     form = relation(value, shape)
     if form == "map":
         out = None
@@ -138,6 +141,8 @@ def prune(value: Any, last: Fields, keepers: Sequence[Fields], shape: Shape | No
             if element == "." or name not in value:
                 continue
             holding = [fields[element] for fields in keepers if element in fields]
+            if shape is not None and shape.open:
+                holding = _holding(holding)
             fresh = prune(value[name], sub, holding, shape.child(name) if shape else None) if holding else None
             if holding and fresh is value[name]:
                 continue
@@ -146,7 +151,7 @@ def prune(value: Any, last: Fields, keepers: Sequence[Fields], shape: Shape | No
                 out[name] = fresh
             else:
                 del out[name]
-        return value if out is None else out
+        return value if out is None else out or None
     if form == "whole" or shape is None:
         return value
     kept: list[Any] = []
@@ -155,36 +160,48 @@ def prune(value: Any, last: Fields, keepers: Sequence[Fields], shape: Shape | No
         if key not in last:
             kept.append(item)
             continue
-        holding = [fields[key] for fields in keepers if key in fields]
+        holding = _holding([fields[key] for fields in keepers if key in fields])
         if holding:
             # An item without its keys could not be told from others.
             inside = {name: sub for name, sub in last[key].items() if name[2:] not in dict(shape.keys)}
             kept.append(prune(item, inside, holding, shape.rest) if form == "list" else item)
     same = len(kept) == len(value) and all(new is old for new, old in zip(kept, value, strict=True))
-    return value if same else kept
+    return value if same else kept or None
+
+
+def _holding(fields: list[Fields]) -> list[Fields]:
+    """Who keeps an item: one of the owners must hold the item itself. A field in it alone does not keep it."""
+    return fields if any(_member(each) for each in fields) else []
 
 
 def conflicts(live: Any, new: Any, mine: Fields, others: Fields, shape: Shape | None) -> Fields | None:
-    """The fields of `others` whose value `mine` changes."""
-    if live is new:
+    """The fields of `others` whose value `mine` changes or adds."""
+    if live is new or new is None:
         return None
-    if not mine and not others:
-        return None if live == new else {}
+    form = relation(new, shape)
+    if form == "whole" or form != relation(live, shape):
+        return None if mine or others or live == new else {}
     out: Fields = {}
     old_of, new_of = children(live, shape), children(new, shape)
     for element, sub in mine.items():
-        if element in others and element in old_of and element in new_of:
-            child = _child_shape(shape, element)
+        if element not in others or element not in new_of:
+            continue
+        child = _child_shape(shape, element)
+        if element in old_of:
             found = conflicts(old_of[element], new_of[element], sub, others[element], child)
-            if found is not None:
-                out[element] = found
+        else:
+            found = intersect(others[element], field_set(new_of[element], child, every=True))
+        if found is not None:
+            out[element] = found
     return out or None
 
 
 def diff(old: Any, new: Any, shape: Shape | None) -> tuple[Fields | None, Fields | None]:
-    """(changed or added, removed) fields between two values; a removed node stands for all below it."""
+    """(changed or added, removed) fields between two values."""
     if old is new:
         return None, None
+    if new is None and isinstance(old, dict | list):
+        new = type(old)()  # Emptied, but there.
     form = relation(new, shape)
     if form == "whole" or form != relation(old, shape):
         return (None, None) if old == new else (field_set(new, shape, every=True), None)
@@ -194,20 +211,16 @@ def diff(old: Any, new: Any, shape: Shape | None) -> tuple[Fields | None, Fields
     for element, item in new_of.items():
         child = _child_shape(shape, element)
         if element not in old_of:
-            added = field_set(item, child, every=True)
-            if element[0] != "f":
-                added = {**_SELF, **added} if added else {}
-            if added is not None:
-                changed[element] = added
+            changed[element] = field_set(item, child, every=True) or {}
             continue
         more, less = diff(old_of[element], item, child)
         if more is not None:
             changed[element] = more
         if less is not None:
             removed[element] = less
-    for element in old_of:
+    for element, item in old_of.items():
         if element not in new_of:
-            removed[element] = {}
+            removed[element] = field_set(item, _child_shape(shape, element), every=True) or {}
     return changed or None, removed or None
 
 
@@ -225,33 +238,54 @@ def _child_shape(shape: Shape | None, element: str) -> Shape | None:
     return shape.child(element[2:]) if element[0] == "f" else shape.rest
 
 
+def _member(fields: Fields) -> bool:
+    """Whether the node itself is in the set, and not only what is below it."""
+    return not fields or "." in fields
+
+
+def _node(inner: Fields, *, member: bool) -> Fields | None:
+    """A node with these parts, as `fieldsV1` writes it; None where nothing is left."""
+    if not inner:
+        return {} if member else None
+    return {**_SELF, **inner} if member else inner
+
+
 def subtract(fields: Fields | None, cut: Fields | None) -> Fields | None:
-    """`fields` without `cut`; an empty node of `cut` takes all below it."""
+    """`fields` without `cut`."""
     if fields is None or cut is None:
         return fields
-    out = dict(fields)
+    inner = {name: sub for name, sub in fields.items() if name != "."}
     for element, sub in cut.items():
-        if element not in out:
-            continue
-        rest = subtract(out[element], sub) if sub and out[element] else (None if not sub else out[element])
-        if rest is None:
-            del out[element]
-        else:
-            out[element] = rest
-    return out or None
+        if element in inner:
+            rest = subtract(inner[element], sub)
+            if rest is None:
+                del inner[element]
+            else:
+                inner[element] = rest
+    return _node(inner, member=_member(fields) and not _member(cut))
+
+
+def intersect(one: Fields | None, other: Fields | None) -> Fields | None:
+    """The fields that are in both."""
+    if one is None or other is None:
+        return None
+    inner = {}
+    for element, sub in one.items():
+        both = intersect(sub, other[element]) if element != "." and element in other else None
+        if both is not None:
+            inner[element] = both
+    return _node(inner, member=_member(one) and _member(other))
 
 
 def union(one: Fields | None, other: Fields | None) -> Fields | None:
     """The fields of both."""
     if one is None or other is None:
         return other if one is None else one
-    if not one or not other:
-        inner = one or other
-        return {**_SELF, **inner} if inner else {}
-    out = dict(one)
+    inner = {name: sub for name, sub in one.items() if name != "."}
     for element, sub in other.items():
-        out[element] = union(out[element], sub) if element in out else sub
-    return out
+        if element != ".":
+            inner[element] = union(inner[element], sub) if element in inner else sub
+    return _node(inner, member=_member(one) or _member(other))
 
 
 def paths(fields: Fields, prefix: str = "") -> Iterator[str]:

@@ -9,12 +9,13 @@ from functools import lru_cache
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
-from moe_api import crd
 from moe_api.load import ResourceInvalid, load_object
-from moe_kube import objects
+from moe_api.status import MoEDeploymentStatus
+from moe_kube import fake_defaults, objects
 from moe_kube.errors import Invalid
-from moe_kube.fake_shapes import Shape, defaults_of, shape_of
+from moe_kube.fake_shapes import Shape, defaults_of, moe_schema, shape_of
 from moe_kube.objects import Kind, Obj, Ref
 
 CUSTOM: tuple[Kind, ...] = (
@@ -56,6 +57,7 @@ _SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_NAME = re.compile(r"([A-Za-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
+_ANY_SPEC = {"model": {"id": "x"}, "hardware": {"accelerator": "cpu", "gpusPerReplica": 1}}
 _IDENTITY = {"apiVersion": objects.MOE_DEPLOYMENT.api_version, "kind": objects.MOE_DEPLOYMENT.kind}
 
 Prepare = Callable[[Ref, Obj, Obj | None], Obj]
@@ -86,7 +88,7 @@ def traits_of(kind: Kind) -> Traits:
         status=kind.kind not in _NO_STATUS,
         generation=kind.kind not in _NO_GENERATION,
         unconditional_update=not custom and kind != objects.LEASE,
-        prepare=_moe_deployment if kind == objects.MOE_DEPLOYMENT else _filler(shape),
+        prepare=_moe_deployment if kind == objects.MOE_DEPLOYMENT else _preparer(kind, shape, typed=not custom),
     )
 
 
@@ -114,15 +116,66 @@ def _label(name: str, value: Any) -> bool:
     return bool(_LABEL_NAME.fullmatch(name)) and isinstance(value, str) and bool(_LABEL_VALUE.fullmatch(value))
 
 
-def _filler(shape: Shape) -> Prepare:
-    def prepare(_ref: Ref, new: Obj, old: Obj | None) -> Obj:
-        filled = dict(new)
-        for name, child in shape.fields.items():
-            if name in new and (old is None or new[name] is not old.get(name)):
-                filled[name] = fill_keys(new[name], child)
-        return filled
+_MAPS = {"annotations", "binaryData", "data", "labels", "limits", "matchLabels", "nodeSelector", "requests", "selector"}
+"""Maps of built-in kinds that are left out where they are empty; an empty group (emptyDir) is kept."""
+
+
+def _preparer(kind: Kind, shape: Shape, *, typed: bool) -> Prepare:
+    """Defaults, and for built-in kinds the form that their types give: quantities, and nothing that is empty."""
+    fill = fake_defaults.SPECS.get(kind.kind)
+
+    def prepare(ref: Ref, new: Obj, old: Obj | None) -> Obj:
+        out = {}
+        for name, value in new.items():
+            if old is None or value is not old.get(name):
+                fresh = _without_empty(fake_defaults.typed(value, name)) if typed else value
+                if typed and _empty(name, fresh):
+                    continue
+                if not typed and (path := null_path(value, name)):
+                    raise invalid(ref, f'{path}: Invalid value: "null": must not be null')
+                if fill is not None and name == "spec":
+                    fresh = fill(fresh)
+                child = shape.fields.get(name)
+                out[name] = fill_keys(fresh, child) if child else fresh
+            else:
+                out[name] = value
+        return out
 
     return prepare
+
+
+def _empty(name: str, value: Any) -> bool:
+    return value is None or value == [] or (value == {} and name in _MAPS)
+
+
+def null_path(value: Any, path: str) -> str:
+    """Where the first null is; empty where there is none."""
+    if value is None:
+        return path
+    if isinstance(value, dict):
+        return next((found for name, item in value.items() if (found := null_path(item, f"{path}.{name}"))), "")
+    if isinstance(value, list):
+        return next((found for at, item in enumerate(value) if (found := null_path(item, f"{path}[{at}]"))), "")
+    return ""
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        out = None
+        for name, item in value.items():
+            fresh = _without_empty(item)
+            drop = _empty(name, fresh)
+            if drop or fresh is not item:
+                out = dict(value) if out is None else out
+                if drop:
+                    del out[name]
+                else:
+                    out[name] = fresh
+        return value if out is None else out
+    if isinstance(value, list):
+        items = [_without_empty(item) for item in value]
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    return value
 
 
 def fill_keys(value: Any, shape: Shape) -> Any:
@@ -143,29 +196,45 @@ def fill_keys(value: Any, shape: Shape) -> Any:
     return value
 
 
-@lru_cache(maxsize=1)
-def _moe_schema() -> Mapping[str, Any]:
-    spec: Mapping[str, Any] = crd.schema()["properties"]["spec"]
-    return spec
-
-
 def _moe_deployment(ref: Ref, new: Obj, old: Obj | None) -> Obj:
     """Defaults and rules of our own CRD, from the types that it is generated from."""
-    spec = new.get("spec")
-    if isinstance(spec, dict) and (old is None or spec is not old.get("spec")):
-        new = {**new, "spec": defaults_of(_moe_schema(), spec)}
-    read = {name: new[name] for name in ("spec", "status") if name in new}
-    if old is None or any(read.get(name) is not old.get(name) for name in ("spec", "status")):
-        problem = _problem(ref.name, orjson.dumps(read, option=orjson.OPT_SORT_KEYS))
-        if problem:
-            raise invalid(ref, problem)
+    before = old or {}
+    spec, status = new.get("spec"), new.get("status")
+    if isinstance(spec, dict) and spec is not before.get("spec"):
+        spec = defaults_of(moe_schema()["properties"]["spec"], spec)
+        new = {**new, "spec": spec}
+    for name in ("spec", "status"):
+        if new.get(name) is not before.get(name) and (path := null_path(new.get(name, {}), name)):
+            raise invalid(ref, f'{path}: Invalid value: "null": must not be null')
+    problem = ""
+    if old is None or spec is not before.get("spec"):
+        problem = _spec_problem(ref.name, orjson.dumps(spec, option=orjson.OPT_SORT_KEYS))
+    if not problem and status is not None and status is not before.get("status"):
+        problem = _status_problem(orjson.dumps(status, option=orjson.OPT_SORT_KEYS))
+    if problem:
+        raise invalid(ref, problem)
     return new
 
 
 @lru_cache(maxsize=4096)
-def _problem(name: str, raw: bytes) -> str:
+def _spec_problem(name: str, raw: bytes) -> str:
+    spec = orjson.loads(raw)
+    return _problem({"metadata": {"name": name}, **({} if spec is None else {"spec": spec})})
+
+
+@lru_cache(maxsize=4096)
+def _status_problem(raw: bytes) -> str:
+    status = orjson.loads(raw)
     try:
-        load_object({**_IDENTITY, "metadata": {"name": name}, **orjson.loads(raw)})
+        MoEDeploymentStatus.model_validate(status, by_alias=True, by_name=False)
+    except ValidationError:
+        return _problem({"metadata": {"name": "x"}, "spec": _ANY_SPEC, "status": status})
+    return ""
+
+
+def _problem(document: Obj) -> str:
+    try:
+        load_object({**_IDENTITY, **document})
     except ResourceInvalid as error:
         return ", ".join(str(problem) for problem in error.problems)
     return ""

@@ -105,11 +105,17 @@ _TABLES: dict[str, dict[str, Any]] = {
 }
 
 
+@lru_cache(maxsize=1)
+def moe_schema() -> Mapping[str, Any]:
+    """The structural schema of our own CRD."""
+    return crd.schema()
+
+
 @lru_cache(maxsize=64)
 def shape_of(kind: str) -> Shape:
     """The shape of a kind, by its name. A kind that is not known is taken by the rule alone."""
     if kind == KIND:
-        root = from_openapi(crd.schema())
+        root = from_openapi(moe_schema())
         _add(root, _META)
         return root
     root = Shape()
@@ -165,7 +171,7 @@ def defaults_of(schema: Mapping[str, Any], value: Any) -> Any:
         rest = schema.get("additionalProperties")
         out = None
         for name, child in fields.items():
-            if name not in value:
+            if value.get(name) is None:
                 if "default" not in child:
                     continue
                 fresh = defaults_of(child, child["default"])

@@ -36,6 +36,8 @@ def apply(
     wanted = _scope(wanted, traits, subresource)
     mine = field_set(wanted, traits.shape) if wanted else None
     entries: list[Obj] = list(live.meta.get("managedFields", ())) if live else []
+    if live is not None and not entries:
+        entries = _before_first_apply(store, live, traits)
     key = _key(manager, "Apply", ref, subresource)
     last = next((entry for entry in entries if _key_of(entry) == key), None)
     others = [entry for entry in entries if entry is not last]
@@ -43,11 +45,14 @@ def apply(
     new = merge(old, wanted, traits.shape)
     if last is not None and last["fieldsV1"] != mine:
         keepers = [mine or {}, *(entry["fieldsV1"] for entry in others)]
-        new = prune(new, last["fieldsV1"], keepers, traits.shape)
+        new = prune(new, last["fieldsV1"], keepers, traits.shape) or {}
+        others = _without_removed(others, old, new, traits)
     if live is not None and new is not old and mine:
         others = _settle_conflicts(others, old, new, mine, traits, force=force)
     fresh = _entry(store, key, mine, last)
     managers = [*others, fresh] if fresh else others
+    if "metadata" in new and not all((new["metadata"] or {"": None}).values()):
+        new = {**new, "metadata": {name: value for name, value in (new["metadata"] or {}).items() if value}}
     stored = _commit(store, ref, traits, new, managers, live, user=user, subresource=subresource)
     store.applied[ref, manager, subresource] = (stored.version, raw)
     return stored
@@ -60,9 +65,11 @@ def create(store: Store, ref: Ref, body: Mapping[str, Any], *, user: str) -> Sto
     _check_identity(ref, copied)
     if copied.get("metadata", {}).get("resourceVersion"):
         raise Invalid("resourceVersion should not be set on objects to be created", status=400, reason="BadRequest")
+    content = traits.prepare(ref, _scope(copied, traits, ""), None)
+    check_metadata(ref, content.get("metadata", {}))
     if store.find(ref) is not None:
         raise Conflict(f'{resource(ref.kind)} "{ref.name}" already exists', status=409, reason="AlreadyExists")
-    return _update(store, ref, traits, _scope(copied, traits, ""), None, user=user, subresource="")
+    return _update(store, ref, traits, content, None, user=user, subresource="")
 
 
 def replace(store: Store, ref: Ref, body: Mapping[str, Any], *, user: str, subresource: str = "") -> Stored:
@@ -99,6 +106,8 @@ def _update(
     old = live.content if live else {}
     new = traits.prepare(ref, merge_same(old, new), live.content if live else None)
     entries: list[Obj] = list(live.meta.get("managedFields", ())) if live else []
+    if live is not None and not entries:  # Nobody owns anything: that begins with an apply.
+        return _commit(store, ref, traits, new, [], live, user=user, subresource=subresource, prepared=True)
     changed, removed = diff(old, new, traits.shape)
     changed, removed = _own(changed), _own(removed)
     key = _key(user, "Update", ref, subresource)
@@ -116,6 +125,13 @@ def _update(
     if fresh := _entry(store, key, mine, last):
         managers.append(fresh)
     return _commit(store, ref, traits, new, managers, live, user=user, subresource=subresource, prepared=True)
+
+
+def _before_first_apply(store: Store, live: Stored, traits: Traits) -> list[Obj]:
+    """An object without owners gets one of all its fields, so that an apply finds somebody to take them from."""
+    fields = _own(diff({}, live.content, traits.shape)[0])
+    entry = _entry(store, _key("before-first-apply", "Update", live.ref, ""), fields, None)
+    return [entry] if entry else []
 
 
 def merge_same(old: Any, new: Any) -> Any:
@@ -186,20 +202,35 @@ def _settle_conflicts(others: list[Obj], old: Obj, new: Obj, mine: Fields, trait
     return out
 
 
+def _without_removed(others: list[Obj], old: Obj, new: Obj, traits: Traits) -> list[Obj]:
+    """The entries of the other managers without what is gone from the object."""
+    _, removed = diff(old, new, traits.shape)
+    left = [(entry, subtract(entry["fieldsV1"], removed)) for entry in others]
+    return [
+        entry if fields == entry["fieldsV1"] else {**entry, "fieldsV1": fields}
+        for entry, fields in left
+        if fields is not None
+    ]
+
+
 def _conflict(found: Sequence[tuple[Obj, Fields]]) -> Conflict:
-    lines = []
-    total = 0
-    for entry, lost in found:
-        names = list(paths(lost))
-        total += len(names)
-        using = f" with subresource {json_text(entry['subresource'])}" if entry.get("subresource") else ""
-        who = f"{json_text(entry['manager'])}{using} using {entry['apiVersion']}"
-        lines.append(
-            f"{who}: {names[0]}" if len(names) == 1 else f"{who}:\n" + "\n".join(f"- {name}" for name in names)
-        )
-    noun = "conflict" if total == 1 else "conflicts"
-    text = "\n".join(f"{noun} with {line}" for line in lines)
-    return Conflict(f"Apply failed with {total} {noun}: {text}", status=409, reason="Conflict")
+    """409, worded as the API server words it."""
+    lost = [(_describe(entry), sorted(paths(fields))) for entry, fields in found]
+    total = sum(len(names) for _, names in lost)
+    if total == 1:
+        ((who, (name,)),) = lost
+        message = f"Apply failed with 1 conflict: conflict with {who}: {name}"
+    else:
+        told = (f"conflicts with {who}:\n" + "\n".join(f"- {name}" for name in names) for who, names in sorted(lost))
+        message = f"Apply failed with {total} conflicts: " + "\n".join(told)
+    return Conflict(message, status=409, reason="Conflict")
+
+
+def _describe(entry: Obj) -> str:
+    name = json_text(entry["manager"])
+    where = f" with subresource {json_text(entry['subresource'])}" if entry.get("subresource") else ""
+    how = f" using {entry['apiVersion']}" if entry["operation"] == "Update" else ""
+    return f"{name}{where}{how}"
 
 
 def json_text(value: str) -> str:

@@ -47,6 +47,13 @@ def moestack_crd(control_plane: ControlPlane) -> ControlPlane:
 
 
 @pytest.fixture(scope="session")
+def crds(moestack_crd: ControlPlane) -> ControlPlane:
+    """The control plane that knows MoEDeployments, RayServices and RayClusters, and runs no operator of them."""
+    install_crds(moestack_crd)
+    return moestack_crd
+
+
+@pytest.fixture(scope="session")
 def kwok(control_plane: ControlPlane) -> ControlPlane:
     """The control plane with four nodes of eight GPUs, a scheduler, and pods that become Ready."""
     control_plane.start_scheduler()

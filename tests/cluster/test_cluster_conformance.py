@@ -12,47 +12,17 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-import yaml
 
-from moe_api import crd
 from moe_kube.connect import connect
 from moe_kube.fake_kinds import BUILT_IN
 from moe_kube.objects import MOE_DEPLOYMENT, RAY_CLUSTER, RAY_SERVICE
-from tests.cluster.control_plane import ControlPlane, eventually
+from tests.cluster.control_plane import ControlPlane
 from tests.kube.conformance import CASES, Server
 
 pytestmark = pytest.mark.cluster
 
 KINDS = frozenset({*BUILT_IN, MOE_DEPLOYMENT, RAY_SERVICE, RAY_CLUSTER})
 COLLECT_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def crds(control_plane: ControlPlane) -> ControlPlane:
-    """The control plane with our CRD and KubeRay's."""
-    files = [control_plane.assets / "crds" / f"ray.io_{name}.yaml" for name in ("rayservices", "rayclusters")]
-    documents = [crd.render(), *(yaml.safe_load(file.read_text()) for file in files)]
-    collection = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-    for document in documents:
-        path = f"{collection}/{document['metadata']['name']}"
-        done = control_plane.ask(
-            "PATCH",
-            path,
-            document,
-            content_type="application/apply-patch+yaml",
-            fieldManager="test",
-            force="true",
-        )
-        assert done.ok, done.text
-
-        def established(path: str = path) -> bool:
-            conditions = control_plane.ask("GET", path).json().get("status", {}).get("conditions") or []
-            return any(one["type"] == "Established" and one["status"] == "True" for one in conditions)
-
-        eventually(f"{path} is served", established)
-    for kind in (MOE_DEPLOYMENT, RAY_SERVICE, RAY_CLUSTER):
-        eventually(f"{kind.kind} is served", lambda kind=kind: control_plane.ask("GET", kind.path("default")).ok)
-    return control_plane
 
 
 def _etcd(plane: ControlPlane) -> str:

@@ -21,6 +21,7 @@ from moe_kube.objects import (
     CONFIG_MAP,
     DEPLOYMENT,
     MOE_DEPLOYMENT,
+    NETWORK_POLICY,
     RAY_SERVICE,
     SERVICE,
     Kind,
@@ -378,6 +379,73 @@ async def a_port_without_protocol_gets_its_default(server: Server) -> None:
     assert live["spec"]["ports"][0]["protocol"] == "TCP"
     assert owned(live, OPERATOR)["spec"]["ports"] == [{"port": 80, "protocol": "TCP"}]
     assert version(await server.api.apply(ref, wanted, manager=OPERATOR)) == version(live)
+
+
+@case
+async def quantities_of_built_in_kinds_have_one_form(server: Server) -> None:
+    forms = {
+        "0.5": "500m",
+        "1000m": "1",
+        "2000": "2k",
+        "1024Mi": "1Gi",
+        "1.5Gi": "1536Mi",
+        "1500Mi": "1500Mi",
+        "0": "0",
+    }
+    for written, stored in forms.items():
+        resources = {"limits": {"memory": written}, "requests": {"memory": written}}
+        pods = {"containers": [{"name": "main", "image": "i", "resources": resources}]}
+        spec = {
+            **CONTENTS[DEPLOYMENT]["spec"],
+            "replicas": 0,
+            "template": {"metadata": {"labels": LABELS}, "spec": pods},
+        }
+        live = await server.api.apply(server.ref(DEPLOYMENT), {"spec": spec}, manager=OPERATOR)
+        (found,) = live["spec"]["template"]["spec"]["containers"]
+        assert found["resources"] == {"limits": {"memory": stored}, "requests": {"memory": stored}}, written
+
+
+@case
+async def defaults_inside_what_is_whole_become_the_owners(server: Server) -> None:
+    """Whoever compares what it applied with what it owns must write these out."""
+    reference = {"fieldPath": "metadata.name"}
+    token = {"serviceAccountToken": {"path": "token"}}
+    pods = {
+        "containers": [{"name": "main", "image": "i", "env": [{"name": "N", "valueFrom": {"fieldRef": reference}}]}],
+        "volumes": [{"name": "token", "projected": {"sources": [token]}}],
+    }
+    spec = {**CONTENTS[DEPLOYMENT]["spec"], "replicas": 0, "template": {"metadata": {"labels": LABELS}, "spec": pods}}
+    live = await server.api.apply(server.ref(DEPLOYMENT), {"spec": spec}, manager=OPERATOR)
+    found = owned(live, OPERATOR)["spec"]["template"]["spec"]
+    assert found["containers"][0]["env"][0]["valueFrom"] == {"fieldRef": {**reference, "apiVersion": "v1"}}
+    (source,) = found["volumes"][0]["projected"]["sources"]
+    assert source == {"serviceAccountToken": {"expirationSeconds": 3600, "path": "token"}}
+    rules = [{"ports": [{"port": 80}]}]
+    live = await server.api.apply(
+        server.ref(NETWORK_POLICY), {"spec": {"podSelector": {}, "ingress": rules}}, manager=OPERATOR
+    )
+    assert owned(live, OPERATOR)["spec"]["ingress"] == [{"ports": [{"port": 80, "protocol": "TCP"}]}]
+    if RAY_SERVICE in server.kinds:
+        cluster = RAY_SPEC["rayClusterConfig"]
+        groups = [{"groupName": "g", "rayStartParams": {}, "template": {"spec": {"containers": []}}}]
+        ray = {**RAY_SPEC, "rayClusterConfig": {**cluster, "workerGroupSpecs": groups}}
+        live = await server.api.apply(server.ref(RAY_SERVICE), {"spec": ray}, manager=OPERATOR)
+        filled = {"maxReplicas": 2147483647, "minReplicas": 0, "numOfHosts": 1, "replicas": 0}
+        assert owned(live, OPERATOR)["spec"]["rayClusterConfig"]["workerGroupSpecs"] == [{**groups[0], **filled}]
+
+
+@case
+async def what_is_empty_in_a_built_in_kind_is_left_out(server: Server) -> None:
+    """It is owned, but not there: so what is applied to such kinds must not hold it."""
+    live = await server.api.apply(server.ref(CONFIG_MAP), {"data": {}}, manager=OPERATOR)
+    assert "data" not in live
+    assert owned(live, OPERATOR) == {}
+    pods = {"containers": [{"name": "main", "image": "i", "args": [], "env": []}], "volumes": []}
+    spec = {**CONTENTS[DEPLOYMENT]["spec"], "replicas": 0, "template": {"metadata": {"labels": LABELS}, "spec": pods}}
+    live = await server.api.apply(server.ref(DEPLOYMENT), {"spec": spec}, manager=OPERATOR)
+    found = live["spec"]["template"]["spec"]
+    assert "volumes" not in found
+    assert not {"args", "env"} & found["containers"][0].keys()
 
 
 @case
