@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from moe_kube.fake_store import Store, Stored
@@ -43,19 +44,27 @@ def _collect_once(store: Store) -> bool:
     version = store.version
     for owner_uid in list(store.dependents):
         owner = store.find(store.uids[owner_uid]) if owner_uid in store.uids else None
-        for ref in sorted(store.dependents.get(owner_uid, ())):
+        refs = store.dependents.get(owner_uid, set())
+        if owner is not None and owner_uid not in store.deleting and _all_near(owner, refs):
+            continue
+        for ref in sorted(refs):
             dependent = store.find(ref)
             if dependent is None:
                 continue
             if owner is not None and _waits(owner, ORPHAN):
                 _disown(store, dependent, {owner_uid})
-            elif owner is None or _waits(owner, FOREGROUND):
+            else:
                 _collect_dependent(store, dependent)
-    for uid in list(store.uids):
+    for uid in sorted(store.deleting):
         owner = store.find(store.uids[uid]) if uid in store.uids else None
-        if owner is not None and "deletionTimestamp" in owner.meta:
+        if owner is not None:
             _finish(store, owner)
     return store.version != version
+
+
+def _all_near(owner: Stored, refs: Iterable[Ref]) -> bool:
+    """An owner counts in its own namespace alone, unless it has none."""
+    return not owner.ref.namespace or all(ref.namespace == owner.ref.namespace for ref in refs)
 
 
 def _waits(owner: Stored, finalizer: str) -> bool:
@@ -76,7 +85,8 @@ def _collect_dependent(store: Store, dependent: Stored) -> None:
         else:
             solid.add(reference["uid"])
     if solid:
-        _disown(store, dependent, gone)
+        if gone:
+            _disown(store, dependent, gone)
         return
     if "deletionTimestamp" in dependent.meta:
         return

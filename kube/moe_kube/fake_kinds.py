@@ -52,6 +52,8 @@ _NO_STATUS = {
 _NO_GENERATION = {
     *("ConfigMap", "ServiceAccount", "ControllerRevision", "Lease", "Event", "Service", "Namespace"),
 }
+_RAW = {objects.CONTROLLER_REVISION, objects.CUSTOM_RESOURCE_DEFINITION}
+"""Built-in kinds that carry documents of others, which the server leaves as they are."""
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_NAME = re.compile(r"([A-Za-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -88,7 +90,9 @@ def traits_of(kind: Kind) -> Traits:
         status=kind.kind not in _NO_STATUS,
         generation=kind.kind not in _NO_GENERATION,
         unconditional_update=not custom and kind != objects.LEASE,
-        prepare=_moe_deployment if kind == objects.MOE_DEPLOYMENT else _preparer(kind, shape, typed=not custom),
+        prepare=_moe_deployment
+        if kind == objects.MOE_DEPLOYMENT
+        else _preparer(kind, shape, typed=not custom and kind not in _RAW),
     )
 
 
@@ -124,8 +128,10 @@ def _preparer(kind: Kind, shape: Shape, *, typed: bool) -> Prepare:
     """Defaults, and for built-in kinds the form that their types give: quantities, and nothing that is empty."""
     fill = fake_defaults.SPECS.get(kind.kind)
 
+    fixed = _IMMUTABLE.get(kind.kind, ())
+
     def prepare(ref: Ref, new: Obj, old: Obj | None) -> Obj:
-        out = {}
+        out: Obj = {}
         for name, value in new.items():
             if old is None or value is not old.get(name):
                 fresh = _without_empty(fake_defaults.typed(value, name)) if typed else value
@@ -139,9 +145,25 @@ def _preparer(kind: Kind, shape: Shape, *, typed: bool) -> Prepare:
                 out[name] = fill_keys(fresh, child) if child else fresh
             else:
                 out[name] = value
+        if old is not None:
+            for field in fixed:
+                if _at(out, field) != _at(old, field):
+                    raise invalid(ref, f"{'.'.join(field)}: Invalid value: field is immutable")
         return out
 
     return prepare
+
+
+_IMMUTABLE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "ControllerRevision": (("data",),),
+    "Deployment": (("spec", "selector"),),
+}
+
+
+def _at(value: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _empty(name: str, value: Any) -> bool:

@@ -98,6 +98,8 @@ class Store:
         self.writes: list[Write] = []
         self.uids: dict[str, Ref] = {}
         self.dependents: dict[str, set[Ref]] = {}
+        self.deleting: set[str] = set()
+        """Uids of objects that are marked for deletion."""
         self.applied: dict[tuple[Ref, str, str], tuple[int, bytes]] = {}
         """The version and body of the last apply of each manager: the same again is no write."""
         self._objects: dict[Kind, dict[tuple[str, str], Stored]] = {}
@@ -257,6 +259,8 @@ class Store:
         ref = stored.ref
         self._objects[ref.kind][ref.namespace, ref.name] = stored
         self.uids[stored.uid] = ref
+        if "deletionTimestamp" in stored.meta:
+            self.deleting.add(stored.uid)
         owners = stored.meta.get("ownerReferences")
         if old is None or owners is not old.meta.get("ownerReferences"):
             self._forget_owners(old)
@@ -267,6 +271,7 @@ class Store:
         ref = stored.ref
         current = self._objects[ref.kind].pop((ref.namespace, ref.name), None)
         self.uids.pop(stored.uid, None)
+        self.deleting.discard(stored.uid)
         self._forget_owners(current)
 
     def _forget_owners(self, stored: Stored | None) -> None:

@@ -90,7 +90,13 @@ def pods(rng: random.Random) -> Obj:
 
 def deployment(rng: random.Random) -> Obj:
     template = {"metadata": {"labels": LABELS}, "spec": pods(rng)}
-    spec = {"replicas": rng.randint(0, 1), "selector": {"matchLabels": LABELS}, "template": template}
+    # Without pods, so that its controller does not write status all the time.
+    spec = {
+        "replicas": 0,
+        "revisionHistoryLimit": rng.randint(3, 4),
+        "selector": {"matchLabels": LABELS},
+        "template": template,
+    }
     return {"metadata": metadata(rng), "spec": spec}
 
 
@@ -140,7 +146,7 @@ def steps(kind: Kind, seed: int, count: int) -> list[Step]:
 
 async def replace(api: Api, ref: Ref, body: Obj) -> None:
     """Replace the newest version; a controller that writes status meanwhile is no difference."""
-    for last in (False, False, False, True):
+    for last in (*[False] * 9, True):
         version = (await api.get(ref))["metadata"]["resourceVersion"]
         try:
             await api.replace(ref, {**body, "metadata": {**body["metadata"], "resourceVersion": version}})

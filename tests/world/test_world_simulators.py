@@ -159,3 +159,29 @@ async def test_kinds_come_and_go() -> None:
     apply(world, RAY)
     world.settle()
     assert len(world.cluster.refs(RAY_CLUSTER)) == 1
+
+
+def test_an_owner_in_another_namespace_is_none() -> None:
+    world = World()
+    owner = world.cluster.create(Ref(SERVICE, "other", "owner"), body(SERVICE))
+    reference = {"apiVersion": "v1", "kind": "Service", "name": "owner", "uid": owner["metadata"]["uid"]}
+    world.cluster.create(ADMIN, body(SERVICE, ownerReferences=[reference]))
+    near = Ref(SERVICE, "other", "near")
+    world.cluster.create(near, body(SERVICE, ownerReferences=[reference]))
+    assert world.cluster.collect_garbage() == 1
+    assert world.cluster.find(ADMIN) is None
+    assert world.cluster.find(near) is not None
+
+
+def test_of_two_owners_the_one_that_is_gone_is_forgotten() -> None:
+    world = World()
+    references = []
+    for name in ("stays", "goes"):
+        owner = world.cluster.create(Ref(SERVICE, "test", name), body(SERVICE))
+        uid = owner["metadata"]["uid"]
+        references.append({"apiVersion": "v1", "kind": "Service", "name": name, "uid": uid})
+    world.cluster.create(ADMIN, body(SERVICE, ownerReferences=references))
+    world.cluster.delete(Ref(SERVICE, "test", "goes"))
+    assert world.cluster.collect_garbage() == 1
+    assert world.cluster.get(ADMIN)["metadata"]["ownerReferences"] == references[:1]
+    assert world.cluster.collect_garbage() == 0
