@@ -53,8 +53,8 @@ SOON_S = 0.5
 """When to look again where a cache is behind what another writer did."""
 CLEANUP_S = 2.0
 """When to look again where an object of a deleted namesake is still there."""
-PODS = (k.RAY_SERVICE, k.DEPLOYMENT)
-"""Kinds that start pods: not made while something that belongs before them is missing."""
+PODS = (k.RAY_SERVICE, k.DEPLOYMENT, k.HORIZONTAL_POD_AUTOSCALER)
+"""Kinds that start pods, or scale what does (be it somebody else's): not made while something before them fails."""
 PERMANENT = (Forbidden, Invalid, NotFound, Conflict)
 """Errors that another try at once does not cure: they are told, and the rest goes on."""
 

@@ -28,7 +28,7 @@ from moe_cli.processes import die_with_parent
 from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT, gateway_name
 from tests.cluster.control_plane import ControlPlane, eventually
 from tests.cluster.edge import CLOSED, Edge
-from tests.cluster.operator_process import pod_environment
+from tests.cluster.operators import pod_environment
 from tests.cluster.pod_network.sitecustomize import PODS
 
 SYNC_S = 0.3

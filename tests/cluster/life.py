@@ -24,7 +24,7 @@ from tests.cluster.edge import MODEL, Edge
 from tests.cluster.fake_ray import FakeRay
 from tests.cluster.gateway_pods import GatewayPods
 from tests.cluster.namespaces import fresh_namespace
-from tests.cluster.operator_process import Operator
+from tests.cluster.operators import Operator
 
 NAME = "moe"
 READY_S = 120.0
@@ -197,7 +197,7 @@ class Life:
 
     def describe(self) -> str:
         resources = [(obj["metadata"]["name"], obj.get("status")) for obj in self.list("moedeployments")]
-        lines = [line for line in self.stage.operator.log.splitlines() if self.namespace in line][-25:]
+        lines = [line for line in self.stage.operator.log.read_text().splitlines() if self.namespace in line][-25:]
         return "\n".join(
             [
                 f"namespace {self.namespace}",

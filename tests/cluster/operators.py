@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,17 @@ from moe_core.config import OperatorConfig
 from moe_operator import rbac
 from tests.cluster.control_plane import ROOT, ControlPlane
 
-PARTS = ("api", "core", "planner", "kube", "operator")
+PARTS = ("api", "core", "planner", "kube", "operator", "serving", "gateway", "tuner", "cli")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in PARTS)}
+POD_NETWORK = Path(__file__).parent / "pod_network"
 DIGEST = "sha256:" + "a" * 64
 STOP_S = 30.0
+
+
+def pod_environment(network: str) -> dict[str, str]:
+    """Environment of a process that reaches pods and Services (pod_network/sitecustomize.py)."""
+    path = os.pathsep.join([str(POD_NETWORK), ENVIRONMENT["PYTHONPATH"]])
+    return {**ENVIRONMENT, "PYTHONPATH": path, "POD_NETWORK": network}
 
 
 def config(**fields: Any) -> OperatorConfig:
@@ -80,17 +87,25 @@ class Operator:
 
 
 @contextlib.contextmanager
-def running(folder: Path, made: OperatorConfig, kubeconfig: Path, name: str = "operator") -> Iterator[Operator]:
+def running(
+    folder: Path,
+    made: OperatorConfig,
+    kubeconfig: Path,
+    name: str = "operator",
+    *,
+    environment: Mapping[str, str] = ENVIRONMENT,
+    program: Sequence[str] = ("-m", "moe_operator"),
+) -> Iterator[Operator]:
     """`python -m moe_operator`, ready; ended with the block."""
     path, log = folder / f"{name}.json", folder / f"{name}.log"
     path.write_text(made.model_dump_json(by_alias=True))
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "moe_operator", "--config", str(path), "--kubeconfig", str(kubeconfig)],
+            [sys.executable, *program, "--config", str(path), "--kubeconfig", str(kubeconfig)],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=ENVIRONMENT,
+            env=environment,
         )
     try:
         assert process.stdout is not None

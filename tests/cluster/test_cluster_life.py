@@ -10,14 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.cluster import stories_apply, stories_upgrade  # noqa: F401  (stories register themselves)
+from moe_core.signing import Signer
+from tests.cluster import stories_apply, stories_end, stories_scale, stories_settled, stories_upgrade  # noqa: F401  (they register stories)
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.edge import edge_running
 from tests.cluster.fake_ray import FakeRay
 from tests.cluster.gateway_pods import gateway_pods_running
 from tests.cluster.life import TALES, Stage, play
 from tests.cluster.nodes import gpu_node
-from tests.cluster.operator_process import operator_running
+from tests.cluster.operators import config, grant, pod_environment, running
 
 pytestmark = pytest.mark.cluster
 
@@ -27,7 +28,9 @@ NODES = {"nvidia-h100": "NVIDIA-H100-80GB-HBM3", "nvidia-h200": "NVIDIA-H200", "
 
 
 @pytest.fixture(scope="module")
-def stage(kuberay: ControlPlane, moestack_crd: ControlPlane, ray_front: FakeRay) -> Iterator[Stage]:
+def stage(
+    kuberay: ControlPlane, moestack_crd: ControlPlane, ray_front: FakeRay, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stage]:
     """A cluster with room for all of them."""
     nodes = [gpu_node(f"life-{name}", gpus=512) for name in NODES]
     for node, product in zip(nodes, NODES.values(), strict=True):
@@ -35,10 +38,17 @@ def stage(kuberay: ControlPlane, moestack_crd: ControlPlane, ray_front: FakeRay)
         for amounts in (node["status"]["capacity"], node["status"]["allocatable"]):
             amounts |= {"cpu": "4000", "memory": "64Ti", "pods": "2000"}
     kuberay.apply(*nodes)
+    folder = tmp_path_factory.mktemp("operator")
+    key = folder / "key.pem"
+    Signer.generate().save(key)
+    made = config(
+        trusted_keys=(Signer.load(key).public_pem(),), signing_key_file=str(key), lease_s=5.0, log_level="DEBUG"
+    )
+    account = grant(kuberay, made)
     with (
         edge_running() as edge,
         gateway_pods_running(kuberay, edge) as pods,
-        operator_running(kuberay, edge.network) as operator,
+        running(folder, made, account, environment=pod_environment(edge.network)) as operator,
     ):
         yield Stage(kuberay, ray_front, edge, pods, operator)
 
