@@ -210,6 +210,7 @@ class Wire(FaultyApi):
         self._world_clock = world_clock
         self.limit_s: float | None = None
         self.hold: Hold | None = None
+        self.on_hold: Callable[[], None] = lambda: None
         self.on_write: Callable[[int], None] = lambda number: None
         """Called with the number of each write of a MoEDeployment or a child when it is about to be sent."""
         self.late: list[asyncio.Task[Any]] = []
@@ -222,6 +223,7 @@ class Wire(FaultyApi):
             return answer
         limit_s = self.limit_s
         assert limit_s is not None, "a write has a limit"
+        self.on_hold()
         if hold == "after":
             await super()._run(call, go)
         if hold == "late":
