@@ -21,7 +21,7 @@ from moe_core.config import OperatorConfig
 from moe_core.moments import unix_s
 from moe_kube import objects as k
 from moe_kube.errors import ApiError, Conflict, Forbidden, Invalid, NotFound
-from moe_kube.managed import owned
+from moe_kube.managed import content, digest, owned
 from moe_kube.objects import Obj, Ref
 from moe_operator import live, told
 from moe_operator.children import Child, Key, controller_uid
@@ -146,6 +146,8 @@ class _Execution:
         self.resource_version = str(obj["metadata"].get("resourceVersion", ""))
         self.written = self.snapshot.written
         self.failures: list[tuple[str, str]] = []
+        self.lacking = False
+        """Something that belongs before pods could not be made."""
         self.fresh = False
         self.wrote = False
         self.waits_s: list[float] = []
@@ -196,6 +198,7 @@ class _Execution:
             yield from doing
         except PERMANENT as error:
             self.failures.append((_reason(error), f"{ref}: {error}"))
+            self.lacking = True
 
     def _send(self, request: Request) -> Doing:
         yield request
@@ -207,20 +210,27 @@ class _Execution:
         elif child.deleting:
             self.waits_s.append(CLEANUP_S)
         elif child.digest != rendered.digest:
-            self.wrote = True
-            yield Apply(rendered, child.uid)
+            yield from self._apply(rendered, child.uid)
+
+    def _apply(self, rendered: Rendered, uid: str = "") -> Doing:
+        """One apply; where what comes back is not what was sent, the next look would find a drift again, for ever."""
+        self.wrote = True
+        answer: Obj = yield Apply(rendered, uid)
+        if digest(content(owned(answer, OPERATOR_MANAGER))) != rendered.digest:
+            self.failures.append(
+                ("DoesNotStay", f"{rendered.ref} does not stay as it is written: an admission webhook may change it")
+            )
 
     def _make(self, rendered: Rendered) -> Doing:
         """Make what the cache does not know, unless it is there and somebody else's."""
-        if rendered.ref.kind in PODS and self.failures:
+        if rendered.ref.kind in PODS and self.lacking:
             return
         if rendered.ref.kind == k.RAY_SERVICE and not (yield from self._still_asked_for()):
             self.waits_s.append(SOON_S)
             return
         found: Obj | None = yield Get(rendered.ref)
         if found is None:
-            self.wrote = True
-            yield Apply(rendered)
+            yield from self._apply(rendered)
             return
         meta = found["metadata"]
         controller = controller_uid(found)
@@ -229,11 +239,11 @@ class _Execution:
             if meta.get("deletionTimestamp"):
                 self.waits_s.append(CLEANUP_S)
                 return
-            self.wrote = True
-            yield Apply(rendered, str(meta.get("uid", "")))
+            yield from self._apply(rendered, str(meta.get("uid", "")))
         elif labelled and _namesake(found, self.owner):
             self.waits_s.append(CLEANUP_S)  # of a MoEDeployment of this name that was deleted: it will be collected
         else:
+            self.lacking = True
             self.failures.append(
                 (
                     "NameTaken",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import pytest
 
 from moe_kube import objects as k
+from moe_kube.fake import FakeApi
 from moe_kube.faults import API_ERRORS, Rule, answer
+from moe_kube.objects import Obj, Ref
 from tests.controller.stories import START_S, STORIES, play, world_of
-from tests.controller.world import SPEC, World
+from tests.controller.world import SPEC, USER, World
 
 pytestmark = pytest.mark.faults
 NAMES = ("create", "upgrade by Surge", "rollback of Bridge")
@@ -110,3 +114,24 @@ def test_without_kuberay_it_says_so_and_starts_when_kuberay_comes() -> None:
     world.cluster.store.version += 1  # the caches wake every key when a kind comes
     world.run(2 * START_S)
     assert world.condition("ServingReady")["status"] == "True"
+
+
+class _Webhook(FakeApi):
+    """A client behind an admission webhook that changes each PodDisruptionBudget."""
+
+    async def apply(self, ref: Ref, body: Mapping[str, Any], **more: Any) -> Obj:
+        if ref.kind == k.POD_DISRUPTION_BUDGET:
+            body = {**body, "spec": {**body["spec"], "maxUnavailable": 7}}
+        return await super().apply(ref, body, **more)
+
+
+def test_an_object_that_does_not_stay_as_it_is_written_is_told_and_not_written_for_ever() -> None:
+    world = World()
+    world.api.inner = _Webhook(world.cluster, user=USER)
+    world.put()
+    world.run(600.0)
+    assert world.condition("Degraded")["reason"] == "DoesNotStay"
+    assert world.condition("ServingReady")["status"] == "True"
+    writes = len(world.journal.writes)
+    world.run(600.0)
+    assert len(world.journal.writes) - writes < 30
