@@ -88,7 +88,13 @@ class RevisionStatus(SpecModel):
     )
     unready_since: Time | None = told("Since when it takes traffic and does not answer.")
     drain_deadline: Time | None = told("When it is deleted whatever is in flight.")
-    failed_generation: Generation | None = told("Generation of the spec for which it failed; it is not tried again.")
+    failed_generation: Generation | None = told("Generation of the spec for which it failed.")
+    failed_for: Word | None = told(
+        "Digest of the spec without its hot fields when it failed: while that stays, it is not tried again."
+    )
+    served: Annotated[bool, Field(strict=True)] | None = told(
+        "Whether it has carried all the traffic: what a failed upgrade returns to."
+    )
     message: Sentence | None = told("Why it stands there.")
 
 

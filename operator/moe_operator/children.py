@@ -33,6 +33,8 @@ OPTIONAL: tuple[Kind, ...] = (k.RAY_SERVICE, k.RAY_CLUSTER, k.POD_MONITOR, k.PRO
 WATCHED: tuple[Kind, ...] = (*REQUIRED, *OPTIONAL)
 NOT_OURS: frozenset[Kind] = frozenset({k.RAY_CLUSTER, k.ENDPOINT_SLICE})
 """Made by other controllers for us: read, never pruned."""
+MESSAGE_MAX = 1024
+"""Longest message that is kept of another controller's: Serve puts whole tracebacks there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,7 @@ def _ray_service(obj: Obj) -> RayFacts:
         ready=up,
         deploying=reached and all(app in ("RUNNING", "DEPLOYING") for app in apps),
         since=unix_s(ready.get("lastTransitionTime")),
-        message=next((m for m in messages if m), "") or ("" if up else str(ready.get("message", ""))),
+        message=(next((m for m in messages if m), "") or ("" if up else str(ready.get("message", ""))))[:MESSAGE_MAX],
         cluster=active.get("rayClusterName") or pending.get("rayClusterName") or "",
     )
 
@@ -194,7 +196,7 @@ def _deployment(obj: Obj) -> DeploymentFacts:
         wanted=int((obj.get("spec") or {}).get("replicas", 1)),
         available=int(status.get("availableReplicas", 0)),
         current=int(status.get("observedGeneration", 0)) >= int(obj["metadata"].get("generation", 0)),
-        message=str(stuck.get("message", "")) if stuck.get("status") == "False" else "",
+        message=str(stuck.get("message", ""))[:MESSAGE_MAX] if stuck.get("status") == "False" else "",
     )
 
 

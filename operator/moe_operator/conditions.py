@@ -10,13 +10,11 @@ from moe_api.status import RevisionPhase as Phase
 from moe_core.moments import rfc3339
 from moe_core.process_config import unsupported
 from moe_kube import objects as k
-from moe_operator.children import ClusterFacts, DeploymentFacts
+from moe_operator.children import MESSAGE_MAX, ClusterFacts, DeploymentFacts
 from moe_operator.names import gateway_name
 from moe_operator.render import exposure, gateway
 from moe_operator.rollout import SLO_MIN_REQUESTS, SLO_SHARE, Rollout
 from moe_operator.snapshot import Snapshot
-
-MESSAGE_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,8 @@ class Trouble:
     blocked: str = ""
     """Reason word: no new revision can be made."""
     blocked_message: str = ""
+    lost: str = ""
+    """What cannot be kept right, as its record is gone."""
     failures: tuple[tuple[str, str], ...] = field(default=())
     """(reason, message) of writes that failed in this reconcile."""
 
@@ -161,12 +161,21 @@ def _gateway(snapshot: Snapshot) -> Said:
     kind = ConditionType.GATEWAY_READY
     name = gateway_name(snapshot.owner.name)
     child = snapshot.child(k.DEPLOYMENT, name)
-    if not snapshot.config.gateway_image:
-        return Said(kind, "False", "ImageMissing", "the operator was given no gateway image: set it in the chart")
+    trouble = gateway_trouble(snapshot)
+    if trouble is not None:
+        return Said(kind, "False", *trouble)
     facts = child.facts if child is not None and isinstance(child.facts, DeploymentFacts) else DeploymentFacts()
     if facts.available >= 1 and facts.current:
         return Said(kind, "True", "Ready", "")
     return Said(kind, "False", "NotReady", facts.message or f"no pod of {name} is available")
+
+
+def gateway_trouble(snapshot: Snapshot) -> tuple[str, str] | None:
+    """(reason, message) why the gateway cannot be made or changed; what is there stays as it is."""
+    if not snapshot.config.gateway_image:
+        return "ImageMissing", "the operator was given no gateway image: set it in the chart"
+    problems = gateway.problems_of(snapshot.resource, snapshot.config)
+    return ("NotSupported", "; ".join(map(str, problems))) if problems else None
 
 
 def _slo(snapshot: Snapshot) -> Said:
@@ -174,6 +183,11 @@ def _slo(snapshot: Snapshot) -> Said:
     before = snapshot.status.condition(kind)
     if snapshot.gateways is None:
         return Said(kind, before.status, before.reason, before.message) if before else _no_requests()
+    if not snapshot.gateways.digests and snapshot.gateways.silent:
+        words = (
+            "no gateway answers the operator, so upgrades wait: see their logs, and whether a NetworkPolicy is between"
+        )
+        return Said(kind, "Unknown", "GatewaysSilent", words)
     targets = [t for digest in snapshot.gateways.digests for t in digest.targets]
     met, missed = sum(t.met for t in targets), sum(t.missed for t in targets)
     missed += sum(digest.shed for digest in snapshot.gateways.digests)
@@ -211,8 +225,16 @@ def _degraded(snapshot: Snapshot, rollout: Rollout | None, trouble: Trouble) -> 
             kind,
             "True",
             "RolledBack",
-            f"{rollout.rolled_back}; the revision before serves; change the spec to try again",
+            f"{rollout.rolled_back}; the revision before serves; "
+            "to try again, change a field that is not hot, or spec.upgrade",
         )
     if trouble.blocked:
         return Said(kind, "True", trouble.blocked, trouble.blocked_message)
+    if trouble.lost:
+        return Said(kind, "True", "RecordLost", trouble.lost)
+    if rollout is not None and rollout.late:
+        return Said(kind, "True", "NotReadyInTime", f"{rollout.late}: see ServingReady, and the events of its pods")
+    impossible = gateway_trouble(snapshot)
+    if impossible is not None:
+        return Said(kind, "True", impossible[0], f"the gateway: {impossible[1]}")
     return Said(kind, "False", "AsExpected", rollout.waits_for if rollout is not None else "")

@@ -7,20 +7,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from moe_api.enums import TuningMode
 from moe_api.resource import MoEDeployment
 from moe_api.status import MoEDeploymentStatus, PlanStatus, RevisionStatus, bounded
+from moe_api.status import RevisionPhase as Phase
 from moe_core.moments import rfc3339
+from moe_core.process_config import rolling_arguments
 from moe_core.wire import Weights
 from moe_kube import objects as k
 from moe_kube.objects import Ref
 from moe_operator import live
-from moe_operator.children import NOT_OURS, Child, ClusterFacts
+from moe_operator.children import MESSAGE_MAX, NOT_OURS, Child, ClusterFacts
 from moe_operator.conditions import Trouble, judge, timed
-from moe_operator.names import Owner
+from moe_operator.names import Owner, board_name
 from moe_operator.record import Bounds, RevisionRecord
 from moe_operator.render import gateway, monitoring, revision
 from moe_operator.render.objects import RENDERER_VERSION, Rendered
-from moe_operator.revision import name_of, pinned_for
+from moe_operator.revision import asked_for, born, name_of, pinned_for
 from moe_operator.rollout import Context, Rollout, advance
 from moe_operator.snapshot import Snapshot
 
@@ -79,15 +82,15 @@ def decide(snapshot: Snapshot) -> Plan:
     # Where nothing runs and nothing may be made, there is nothing to roll out.
     idle = target is None and not snapshot.resource.spec.suspend
     rollout = None if idle else advance(_context(snapshot, target))
-    objects = _objects(snapshot, rollout, records)
+    objects = _objects(snapshot, rollout, records, candidate.name if candidate is not None else None)
     return Plan(
         snapshot=snapshot,
         rollout=rollout,
         objects=objects,
-        removals=_removals(snapshot, objects),
+        removals=_removals(snapshot, rollout, objects),
         patches=_patches(snapshot, objects),
         weights=_weights(snapshot, rollout),
-        trouble=trouble,
+        trouble=replace(trouble, lost=_lost(snapshot, rollout, records)),
         requeue_s=rollout.requeue_s if rollout is not None else None,
     )
 
@@ -95,7 +98,8 @@ def decide(snapshot: Snapshot) -> Plan:
 def _candidate(snapshot: Snapshot) -> tuple[RevisionRecord | None, Trouble]:
     """The revision that the spec asks for; None with the reason where a new one is needed and cannot be made."""
     resource, config = snapshot.resource, snapshot.config
-    pinned = pinned_for(snapshot.records.values(), resource)
+    remembered = {revision.name: revision for revision in snapshot.remembered()}
+    pinned = pinned_for(snapshot.records.values(), resource, remembered)
     if pinned is not None:
         return pinned, Trouble()
     if snapshot.verdict.fits is False:
@@ -112,16 +116,40 @@ def _candidate(snapshot: Snapshot) -> tuple[RevisionRecord | None, Trouble]:
         )
     except revision.NotRenderable as error:
         return None, Trouble("NotSupported", str(error))
+    alive = snapshot.child(k.RAY_SERVICE, record.name)
+    if alive is not None and not alive.deleting:
+        again = revision.ray_service(record, resource, bounds_of(resource, snapshot.status), snapshot.owner)
+        if again.digest != alive.digest:
+            # Its record was deleted, and today it would be another: what runs is not rebuilt because of that.
+            return None, Trouble()
     return record, Trouble()
 
 
 def _running(snapshot: Snapshot) -> str | None:
-    """The revision that goes on while a new one cannot be made."""
-    remembered = [
-        r for r in snapshot.remembered() if snapshot.child(k.RAY_SERVICE, r.name) and r.name in snapshot.records
-    ]
-    best = max(remembered, key=lambda r: (r.weight, r.failed_generation is None, r.name), default=None)
+    """The revision that goes on while a new one cannot be made: one that runs, or can be made again."""
+    remembered = [r for r in snapshot.remembered() if _runs(snapshot, r.name) or r.name in snapshot.records]
+    best = max(
+        remembered,
+        key=lambda r: (r.phase != Phase.FAILED, r.weight, _runs(snapshot, r.name), r.served, r.name),
+        default=None,
+    )
     return best.name if best is not None else None
+
+
+def _runs(snapshot: Snapshot, name: str) -> bool:
+    return snapshot.child(k.RAY_SERVICE, name) is not None
+
+
+def _lost(snapshot: Snapshot, rollout: Rollout | None, records: Mapping[str, RevisionRecord]) -> str:
+    """What cannot be kept right, because nobody knows any more what it was born with."""
+    wanted = sorted(rollout.wanted) if rollout is not None else []
+    names = [name for name in wanted if name not in records]
+    if not names:
+        return ""
+    runs = [name for name in names if _runs(snapshot, name)]
+    what = "it goes on as it is, and no change reaches it" if runs else "it cannot be made again"
+    cure = "change a field of class revision, such as spec.engine.image, to make a new one"
+    return f"the ControllerRevision {', '.join(names)} is gone or unreadable: {what}; {cure}"
 
 
 def _context(snapshot: Snapshot, target: str | None) -> Context:
@@ -142,21 +170,24 @@ def _context(snapshot: Snapshot, target: str | None) -> Context:
         gateways_version=snapshot.gateways_version(),
         highest_version=snapshot.highest_version(),
         arrivals=snapshot.arrivals(),
+        asked=asked_for(snapshot.resource),
     )
 
 
 def bounds_of(resource: MoEDeployment, status: MoEDeploymentStatus) -> Bounds:
     """Bounds of autoscaling: what the tuner asks for, inside what the spec allows."""
     floor, ceiling = resource.spec.replicas.min, resource.spec.replicas.ceiling
-    asked = status.tuning.replicas if status.tuning is not None else None
+    tuned = status.tuning is not None and resource.spec.tuning.mode != TuningMode.OFF
+    asked = status.tuning.replicas if tuned and status.tuning is not None else None
     least = floor if asked is None or asked.min is None else min(max(asked.min, floor), ceiling)
     most = ceiling if asked is None or asked.max is None else min(max(asked.max, least, 1), ceiling)
     return Bounds(min=least, max=most)
 
 
 def _objects(
-    snapshot: Snapshot, rollout: Rollout | None, records: Mapping[str, RevisionRecord]
+    snapshot: Snapshot, rollout: Rollout | None, records: Mapping[str, RevisionRecord], asked: str | None
 ) -> tuple[Rendered, ...]:
+    """`asked`: the revision that the spec asks for; fields of class rolling reach no other."""
     resource, owner = snapshot.resource, snapshot.owner
     shown = () if rollout is None else tuple(r.name for r in rollout.revisions if _shown(snapshot, rollout, r.name))
     made = list(_gateway(snapshot, rollout, shown))
@@ -167,10 +198,26 @@ def _objects(
             bounds = bounds_of(resource, snapshot.status)
             for record in (records[name] for name in pinned if name in rollout.wanted):
                 made.append(revision.board_service(record, owner))
-                made.append(revision.ray_service(record, resource, bounds, owner))
+                spec = resource if record.name == asked else _other(snapshot, record)
+                if spec is not None:
+                    made.append(revision.ray_service(record, spec, bounds, owner))
     present = {kind for kind in (k.POD_MONITOR, k.PROMETHEUS_RULE) if kind not in snapshot.absent}
     made += monitoring.objects(resource, present=present, config=snapshot.config, owner=owner, revisions=shown)
     return tuple(made)
+
+
+def _other(snapshot: Snapshot, record: RevisionRecord) -> MoEDeployment | None:
+    """The resource that a revision is rendered from which the spec does not ask for. None: it is left as it is.
+
+    While an upgrade is under way the old revision must not take up what the new one is to prove, and what the spec said
+    before is not known: where a field of class rolling differs from its birth, what runs stays.
+    """
+    before = born(record)
+    if not _runs(snapshot, record.name):
+        return before or snapshot.resource
+    if before is None or rolling_arguments(before.spec) != rolling_arguments(snapshot.resource.spec):
+        return None
+    return before
 
 
 def _shown(snapshot: Snapshot, rollout: Rollout, name: str) -> bool:
@@ -199,12 +246,12 @@ def _external(snapshot: Snapshot) -> Plan:
     rollout = advance(_context(snapshot, None)) if snapshot.remembered() else None
     version = max(snapshot.status.weights_version, 1) if rollout is None else rollout.weights_version
     rollout = rollout or Rollout((), frozenset(), version, in_motion=False)
-    objects = _objects(snapshot, rollout, snapshot.records)
+    objects = _objects(snapshot, rollout, snapshot.records, None)
     return Plan(
         snapshot=snapshot,
         rollout=rollout,
         objects=objects,
-        removals=_removals(snapshot, objects),
+        removals=_removals(snapshot, rollout, objects),
         patches=(),
         weights=None,
         trouble=Trouble(),
@@ -212,15 +259,24 @@ def _external(snapshot: Snapshot) -> Plan:
     )
 
 
-def _removals(snapshot: Snapshot, objects: tuple[Rendered, ...]) -> tuple[Child, ...]:
-    """What is ours and should not be. RayServices go first, then what belongs to them."""
+def _removals(snapshot: Snapshot, rollout: Rollout | None, objects: tuple[Rendered, ...]) -> tuple[Child, ...]:
+    """What is ours and should not be. RayServices go first, then what belongs to them.
+
+    What could not be rendered is not for that reason unwanted: a gateway stays that today cannot be made, and so does
+    a revision whose record is lost.
+    """
     wanted = {rendered.ref for rendered in objects}
+    kept = {
+        Ref(kind, snapshot.owner.namespace, own)
+        for name in (rollout.wanted if rollout is not None else ())
+        for kind, own in ((k.RAY_SERVICE, name), (k.CONTROLLER_REVISION, name), (k.SERVICE, board_name(name)))
+    }
     # A gateway that cannot be made as asked goes on as it was: a mistake in the spec is no reason for an outage.
-    kept = gateway.names(snapshot.owner) if gateway.problems_of(snapshot.resource, snapshot.config) else frozenset()
+    stays = gateway.names(snapshot.owner) if gateway.problems_of(snapshot.resource, snapshot.config) else frozenset()
     surplus = [
         child
         for ref, child in snapshot.children.items()
-        if ref not in wanted and ref.kind not in NOT_OURS and not child.deleting and ref.name not in kept
+        if ref not in wanted | kept and ref.kind not in NOT_OURS and not child.deleting and ref.name not in stays
     ]
     return tuple(sorted(surplus, key=lambda child: (child.ref.kind != k.RAY_SERVICE, child.ref)))
 
@@ -302,8 +358,10 @@ def _revision(snapshot: Snapshot, name: str, rollout: Rollout) -> RevisionStatus
             "drainDeadline": None if own.drain_deadline is None else rfc3339(own.drain_deadline),
             "unreadySince": None if own.unready_since is None else rfc3339(own.unready_since),
             "failedGeneration": own.failed_generation,
+            "failedFor": own.failed_for,
+            "served": own.served or None,
             "sloPercent": own.slo_percent,
-            "message": own.message or (snapshot.facts(name).message or None if exists else None),
+            "message": (own.message or (snapshot.facts(name).message if exists else "") or "")[:MESSAGE_MAX] or None,
         }
     )
 

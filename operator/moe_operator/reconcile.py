@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from pydantic import ValidationError
-
 from moe_api.annotations import API_VERSION, DEPLOYMENT_LABEL, KIND, OPERATOR_MANAGER
 from moe_api.load import ResourceInvalid
 from moe_api.resource import MoEDeployment
@@ -43,7 +41,7 @@ from moe_operator.requests import (
     SendWeights,
     WriteStatus,
 )
-from moe_operator.snapshot import build, parse, pods_of
+from moe_operator.snapshot import build, ours, parse, pods_of, status_of
 from moe_planner import fit
 
 Steps = Generator[Request, Any, Outcome]
@@ -55,6 +53,8 @@ CLEANUP_S = 2.0
 """When to look again where an object of a deleted namesake is still there."""
 PODS = (k.RAY_SERVICE, k.DEPLOYMENT, k.HORIZONTAL_POD_AUTOSCALER)
 """Kinds that start pods, or scale what does (be it somebody else's): not made while something before them fails."""
+LOSSES = (k.RAY_SERVICE, k.CONTROLLER_REVISION)
+"""Kinds whose removal cannot be undone: not removed on the word of a cache that may be behind."""
 PERMANENT = (Forbidden, Invalid, NotFound, Conflict)
 """Errors that another try at once does not cure: they are told, and the rest goes on."""
 
@@ -79,7 +79,7 @@ def _refuse(obj: Obj, error: ResourceInvalid, observed: Observed) -> Steps:
     """A resource that the CRD of before let through: say so, and leave what runs as it is."""
     meta = obj["metadata"]
     generation = int(meta.get("generation", 0))
-    before = _status_of(obj)
+    before = status_of(obj)
     message = "; ".join(str(problem) for problem in error.problems) or str(error)
     after = before.model_copy(
         update={
@@ -97,18 +97,11 @@ def _refuse(obj: Obj, error: ResourceInvalid, observed: Observed) -> Steps:
     return Outcome()
 
 
-def _status_of(obj: Obj) -> MoEDeploymentStatus:
-    try:
-        return MoEDeploymentStatus.model_validate(obj.get("status") or {})
-    except ValidationError:
-        return MoEDeploymentStatus()
-
-
 def _ask(
     resource: MoEDeployment, status: MoEDeploymentStatus, observed: Observed
 ) -> Generator[Request, Any, Gateways | None]:
     """Ask the gateways while traffic moves, and otherwise as often as `status.live` is written."""
-    pods = pods_of(resource.metadata.name, observed.children)
+    pods = pods_of(ours(observed, resource))
     moving = any(r.phase != Phase.SERVING or r.weight < 100 for r in status.revisions)
     if not pods or not (moving or live.due(status.live, int(observed.now))):
         return None
@@ -149,6 +142,7 @@ class _Execution:
         self.lacking = False
         """Something that belongs before pods could not be made."""
         self.fresh = False
+        self.told: MoEDeploymentStatus = plan.snapshot.status
         self.wrote = False
         self.waits_s: list[float] = []
 
@@ -187,9 +181,9 @@ class _Execution:
             return
         self.wrote = True
         answer: Obj = yield WriteStatus(self.ref, desired, self.resource_version)
-        before = self.snapshot.status if not self.fresh else self.plan.status()
         self.resource_version = str(answer["metadata"].get("resourceVersion", ""))
         self.written = desired
+        before, self.told = self.told, status
         yield from told.between(before, status, self.owner)
 
     def _one(self, doing: Doing, ref: Ref) -> Doing:
@@ -252,7 +246,7 @@ class _Execution:
             )
 
     def _remove(self, child: Child) -> Doing:
-        if child.ref.kind == k.RAY_SERVICE and not (yield from self._still_asked_for()):
+        if child.ref.kind in LOSSES and not (yield from self._still_asked_for()):
             self.waits_s.append(SOON_S)
             return
         self.wrote = True

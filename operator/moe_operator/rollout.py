@@ -36,6 +36,10 @@ class Revision:
     step_started_at: int | None = None
     drain_deadline: int | None = None
     failed_generation: int | None = None
+    failed_for: str | None = None
+    """`Context.asked` when it failed."""
+    served: bool = False
+    """It has carried all the traffic: it has proven itself, and is what a failed upgrade returns to."""
     message: str | None = None
     slo_percent: int | None = None
     """Share of its requests within the SLO when the last step away from it began: what the next one is held to."""
@@ -84,6 +88,8 @@ class Context:
     """Highest version that any gateway has seen."""
     arrivals: int = 0
     """Requests that came to all gateways in the last window."""
+    asked: str = ""
+    """Digest of what the spec asks for, hot fields left out: a failed revision is tried again when that changes."""
 
     def sight(self, name: str) -> Sight:
         return self.sights.get(name, NOTHING)
@@ -106,6 +112,8 @@ class Rollout:
     rolled_back: str = ""
     """Why the revision that the spec asks for does not serve, where it has failed."""
     waits_for: str = ""
+    late: str = ""
+    """What has taken too long, and nothing can be done about it but by a person."""
     requeue_s: float | None = None
 
     @property
@@ -129,6 +137,7 @@ class _Turn:
         self.polls = False
         self.rolled_back = ""
         self.waits_for = ""
+        self.late = ""
 
     def run(self) -> Rollout:
         c = self.c
@@ -151,8 +160,8 @@ class _Turn:
     def _toward(self, target: str) -> None:
         c = self.c
         own = self.revisions.get(target, Revision(target))
-        if own.phase == Phase.FAILED and own.failed_generation != c.generation:
-            own = Revision(target)  # the spec has changed since: it gets another chance
+        if own.phase == Phase.FAILED and not self._failed_for_this(own):
+            own = Revision(target)  # something else is asked for since: it gets another chance
         self.revisions[target] = own
         if own.phase == Phase.FAILED:
             self._return_home(target)
@@ -168,6 +177,11 @@ class _Turn:
         else:
             self._replace(target)
 
+    def _failed_for_this(self, own: Revision) -> bool:
+        if own.failed_generation is None:
+            return False
+        return own.failed_for == self.c.asked if own.failed_for else own.failed_generation == self.c.generation
+
     def _home(self, target: str) -> str | None:
         """The revision that serves now, if another than the target does."""
         running = [
@@ -180,12 +194,14 @@ class _Turn:
         ]
         if not running:
             return None
-        return max(running, key=lambda r: (r.weight, r.phase == Phase.SERVING, r.drain_deadline or 0, r.name)).name
+        best = max(running, key=lambda r: (r.weight, r.phase == Phase.SERVING, r.served, r.drain_deadline or 0, r.name))
+        return best.name
 
     def _leads_at_once(self, target: str, home: str) -> bool:
         """A revision that has proven itself, or faces one that does not answer, needs no steps."""
         sight = self.c.sight(target)
-        proven = self.revisions[target].phase in (Phase.SERVING, Phase.DRAINING)
+        own = self.revisions[target]
+        proven = own.phase == Phase.SERVING or (own.phase == Phase.DRAINING and own.served)
         return sight.ready and not sight.deleting and (proven or not self.c.sight(home).ready)
 
     # Ways to go
@@ -200,18 +216,26 @@ class _Turn:
         if own.phase == Phase.SERVING and sight.exists:
             self.wanted.add(target)  # it will be back: gateways bridge a revision that is not ready by themselves
             self._drain_others({target})
+            self._complain(own)
             return
         kept = [r.name for r in self.revisions.values() if r.name != target and r.phase != Phase.FAILED]
         gone = [name for name in kept if not self.c.sight(name).exists]
         for name in kept:
             self._drain(name)
+            if name in gone and not self.revisions[name].served:
+                del self.revisions[name]  # nothing that anybody would return to
+        gone = [name for name in gone if name in self.revisions]
         if any(self.c.sight(name).exists for name in self.revisions if name != target):
             self._drain_failed(target)
             self._wait(target, "waits until the revision before is gone")
             return
         started = self._start(target)
-        if gone and self._overdue(started):
+        if not self._overdue(started):
+            return
+        if gone:
             self._fail(target, "did not become ready in time")
+        else:
+            self._late(target)
 
     def _surge(self, target: str, home: str) -> None:
         c, own, sight = self.c, self.revisions[target], self.c.sight(target)
@@ -295,8 +319,13 @@ class _Turn:
 
     def _replace(self, target: str) -> None:
         """Bridge and Recreate: the old one goes first; no request goes to a local revision meanwhile."""
+        sight = self.c.sight(target)
+        if sight.ready and not sight.deleting:  # left from another strategy, and up: nobody needs to go without
+            self._serve(target)
+            self._drain_others({target})
+            return
         self._drain_others({target})
-        if self.c.sight(target).exists:  # left from another strategy: it may come up while the old one drains
+        if sight.exists:  # left from another strategy: it may come up while the old one drains
             started = self._start(target)
             if self._overdue(started):
                 self.waits_for = f"{target} is not ready"
@@ -308,18 +337,22 @@ class _Turn:
         own = self.revisions[target]
         self.rolled_back = own.message or f"{target} failed"
         candidates = [r for r in self.revisions.values() if r.name != target and r.phase != Phase.FAILED]
-        home = self._home(target) or (max(candidates, key=lambda r: r.name).name if candidates else None)
+        home = self._home(target) or (max(candidates, key=lambda r: (r.served, r.name)).name if candidates else None)
         self._drain_failed(target)
         if home is None:
             return
         self._drain_others({target, home})
         sight = self.c.sight(home)
         if sight.exists and not sight.deleting:
-            self._serve(home) if sight.ready or self.revisions[home].phase == Phase.SERVING else self._start(home)
+            if sight.ready or self.revisions[home].phase == Phase.SERVING:
+                self._complain(self.revisions[home])
+                self._serve(home)
+            elif self._overdue(self._start(home)):
+                self._late(home)
         elif self.c.sight(target).exists:
             self._wait(home, f"waits until {target} is gone")
-        else:
-            self._start(home)
+        elif self._overdue(self._start(home)):
+            self._late(home)
 
     @staticmethod
     def _percent(sight: Sight) -> int | None:
@@ -352,6 +385,18 @@ class _Turn:
     def _overdue(self, started: Revision) -> bool:
         return started.step_started_at is not None and self.c.now >= started.step_started_at + self.c.progress_s
 
+    def _late(self, name: str) -> None:
+        self.late = f"{name} has not become ready in {self.c.progress_s} s"
+
+    def _complain(self, serving: Revision) -> None:
+        """The revision that has the traffic does not answer, and no other could."""
+        if serving.unready_since is None:
+            return
+        at = serving.unready_since + UNREADY_GRACE_S
+        self.times.append(at)
+        if self.c.now >= at:
+            self.late = f"{serving.name} has all the traffic and has not been ready for {UNREADY_GRACE_S} s or more"
+
     def _step(self, target: str, home: str, weight: int) -> None:
         self._set(target, phase=Phase.PROMOTING, step_started_at=self.c.now, drain_deadline=None, message=None)
         percent = self._percent(self.c.sight(home))
@@ -367,7 +412,9 @@ class _Turn:
 
     def _keep(self, home: str) -> None:
         self.wanted.add(home)
-        self._set(home, phase=Phase.SERVING, drain_deadline=None, message=None)
+        own = self.revisions[home]
+        served = own.served or (own.phase == Phase.SERVING and own.weight == 100 and self.c.sight(home).ready)
+        self._set(home, phase=Phase.SERVING, drain_deadline=None, message=None, served=served)
 
     def _serve(self, name: str) -> None:
         self.wanted.add(name)
@@ -381,6 +428,7 @@ class _Turn:
             drain_deadline=None,
             message=None,
             slo_percent=None,
+            served=own.served or self.c.sight(name).ready,
         )
 
     def _drain_others(self, kept: set[str]) -> None:
@@ -436,6 +484,8 @@ class _Turn:
             step_started_at=None,
             drain_deadline=self.c.now + self.c.drain_s,
             failed_generation=self.c.generation,
+            failed_for=self.c.asked or None,
+            served=False,
             message=f"{name} {why}",
         )
         self.wanted.discard(name)
@@ -462,6 +512,7 @@ class _Turn:
             in_motion=polls or any(r.phase not in (Phase.SERVING, Phase.FAILED) for r in revisions),
             rolled_back=self.rolled_back,
             waits_for=self.waits_for,
+            late=self.late,
             requeue_s=float(min(waits)) if waits else None,
         )
 

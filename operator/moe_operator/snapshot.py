@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +23,7 @@ from moe_kube import objects as k
 from moe_kube.managed import owned
 from moe_kube.objects import Kind, Obj, Ref
 from moe_operator.children import Child, EndpointFacts, RayFacts, RecordFacts
-from moe_operator.names import Owner, gateway_admin_name
+from moe_operator.names import GATEWAY_ADMIN_PORT, Owner, gateway_admin_name
 from moe_operator.record import RevisionRecord
 from moe_operator.requests import Gateways, Observed
 from moe_operator.revision import unpacked
@@ -78,6 +81,8 @@ class Snapshot:
                 step_started_at=unix_s(r.step_started_at),
                 drain_deadline=unix_s(r.drain_deadline),
                 failed_generation=r.failed_generation,
+                failed_for=r.failed_for,
+                served=bool(r.served),
                 message=r.message or None,
                 slo_percent=r.slo_percent,
                 unready_since=unix_s(r.unready_since),
@@ -130,34 +135,88 @@ class Snapshot:
 
     def pods(self) -> tuple[str, ...]:
         """host:port of the admin ports of the gateway's pods."""
-        return pods_of(self.resource.metadata.name, tuple(self.children.values()))
+        return pods_of(self.children)
 
 
 def owner_of(resource: MoEDeployment) -> Owner:
     return Owner(resource.metadata.namespace, resource.metadata.name, resource.metadata.uid or "")
 
 
-def pods_of(name: str, children: tuple[Child, ...]) -> tuple[str, ...]:
-    """Admin addresses of a deployment's gateway pods, from the EndpointSlices of their headless Service."""
-    prefix = f"{gateway_admin_name(name)}-"
+def ours(observed: Observed, resource: MoEDeployment) -> dict[Ref, Child]:
+    """The children that a decision may count on. Labels can be put on anything by anybody, so they prove nothing.
+
+    Ours is what this MoEDeployment controls, a RayCluster that one of those RayServices controls, and an EndpointSlice
+    that the Service of the gateway's admin ports controls.
+    """
+    uid = resource.metadata.uid or ""
+    own = {child.ref: child for child in observed.children if uid and child.controller_uid == uid}
+    admin = Ref(k.SERVICE, resource.metadata.namespace, gateway_admin_name(resource.metadata.name))
+    parents = {
+        k.RAY_CLUSTER: {child.uid for ref, child in own.items() if ref.kind == k.RAY_SERVICE},
+        k.ENDPOINT_SLICE: {own[admin].uid} if admin in own else set(),
+    }
+    made = {c.ref: c for c in observed.children if c.controller_uid in parents.get(c.ref.kind, ())}
+    return {ref: child for ref, child in own.items() if ref.kind not in parents} | made
+
+
+def pods_of(children: Mapping[Ref, Child]) -> tuple[str, ...]:
+    """Admin addresses of a deployment's gateway pods, from its own EndpointSlices: addresses of IP at that port, as the
+    operator asks them over HTTP.
+    """
     found = {
-        f"[{address}]:{child.facts.port}" if ":" in address else f"{address}:{child.facts.port}"
-        for child in children
-        if isinstance(child.facts, EndpointFacts) and child.ref.name.startswith(prefix)
+        f"[{address}]:{GATEWAY_ADMIN_PORT}" if ":" in address else f"{address}:{GATEWAY_ADMIN_PORT}"
+        for child in children.values()
+        if isinstance(child.facts, EndpointFacts) and child.facts.port == GATEWAY_ADMIN_PORT
         for address in child.facts.addresses
+        if _is_ip(address)
     }
     return tuple(sorted(found))
 
 
+def _is_ip(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
 def parse(obj: Obj) -> tuple[MoEDeployment, MoEDeploymentStatus]:
-    """The resource and its status. Raises ResourceInvalid for the former; a status that is damaged counts as none."""
+    """The resource and its status. Raises ResourceInvalid for the former."""
     meta = {name: obj["metadata"][name] for name in _IDENTITY if name in obj["metadata"]}
     resource = _parsed(orjson.dumps({**{key: obj[key] for key in obj if key != "status"}, "metadata": meta}))
-    try:
-        status = MoEDeploymentStatus.model_validate(obj.get("status") or {})
-    except ValidationError:
-        status = MoEDeploymentStatus()
-    return resource, status
+    return resource, status_of(obj)
+
+
+def status_of(obj: Obj) -> MoEDeploymentStatus:
+    """The status, less what cannot be read of it: a newer tuner's or operator's field must not cost the memory of an
+    upgrade.
+    """
+    document = obj.get("status") or {}
+    for _ in range(_UNREADABLE_MAX):
+        try:
+            return MoEDeploymentStatus.model_validate(document)
+        except ValidationError as error:
+            document = _without(document, error.errors(include_url=False)[0]["loc"])
+    return MoEDeploymentStatus()
+
+
+_UNREADABLE_MAX = 64
+
+
+def _without(document: Any, path: tuple[int | str, ...]) -> Any:
+    """The document without what is at that path; without what should hold it, where it is missing."""
+    document = copy.deepcopy(document)
+    nodes = [document]
+    for part in path:
+        try:
+            nodes.append(nodes[-1][part])
+        except (KeyError, IndexError, TypeError):
+            break
+    if len(nodes) == 1:
+        return {}
+    del nodes[-2][path[len(nodes) - 2]]
+    return document
 
 
 _IDENTITY = ("name", "namespace", "uid", "generation", "labels", "annotations")
@@ -177,20 +236,15 @@ def build(
     verdict: FitVerdict,
     config: OperatorConfig,
 ) -> Snapshot:
-    """A snapshot of what was observed. Children of another owner are left out: they are not ours to count on."""
-    uid = resource.metadata.uid or ""
-    ours = {
-        c.ref: c
-        for c in observed.children
-        if c.controller_uid == uid or c.ref.kind in (k.RAY_CLUSTER, k.ENDPOINT_SLICE)
-    }
+    """A snapshot of what was observed."""
+    children = ours(observed, resource)
     return Snapshot(
         now=int(observed.now),
         resource=resource,
         status=status,
         written=owned(observed.resource or {}, OPERATOR_MANAGER, "status").get("status", {}),
-        children=ours,
-        records=dict(_records(tuple(ours.values()))),
+        children=children,
+        records=dict(_records(tuple(children.values()))),
         absent=observed.absent,
         gateways=gateways,
         verdict=verdict,
@@ -203,7 +257,9 @@ def _records(children: tuple[Child, ...]) -> list[tuple[str, RevisionRecord]]:
     for child in children:
         if isinstance(child.facts, RecordFacts) and not child.deleting:
             try:
-                found.append((child.ref.name, unpacked(child.facts)))
+                record = unpacked(child.facts)
             except ValueError:
-                continue  # not ours, or damaged: as good as none; a revision that is wanted is pinned again
+                continue  # not ours, or damaged: as good as none
+            if record.name == child.ref.name:
+                found.append((record.name, record))
     return found

@@ -65,7 +65,8 @@ async def life(bench: Bench) -> None:
         for kind in WATCHED:
             if kind not in NOT_OURS:
                 plant(bench, kind)
-        bench.put("one", {**SPEC, "replicas": {"min": 1, "max": 3}})
+        # A RayService that nobody remembers is drained like any other before it goes.
+        bench.put("one", {**SPEC, "replicas": {"min": 1, "max": 3}, "upgrade": {"drainTimeout": "30s"}})
         for _ in range(2):
             meta = bench.cluster.get(Ref(MOE_DEPLOYMENT, "serving", "one"))["metadata"]
             operator._recorder.record(Ref(MOE_DEPLOYMENT, "serving", "one"), meta["uid"], reason="Again", note="it is")

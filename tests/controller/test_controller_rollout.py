@@ -71,6 +71,7 @@ class World:
             weights_version=self.version,
             gateways_version=self.gateways,
             arrivals=self.arrivals,
+            asked=f"asked {self.generation}",
         )
 
     def turn(self) -> Rollout:

@@ -465,7 +465,15 @@ class World:
 
 
 _VARIES = {"uid", "resourceVersion", "creationTimestamp", "managedFields", "generation", "lastTransitionTime", "at"}
-_VARIES |= {"createdAt", "stepStartedAt", "drainDeadline", "observedGeneration", "weightsVersion", "failedGeneration"}
+_VARIES |= {
+    "createdAt",
+    "stepStartedAt",
+    "drainDeadline",
+    "observedGeneration",
+    "weightsVersion",
+    "failedGeneration",
+    "failedFor",
+}
 
 
 def _plain(value: Any) -> Any:
