@@ -412,9 +412,7 @@ class _Turn:
 
     def _keep(self, home: str) -> None:
         self.wanted.add(home)
-        own = self.revisions[home]
-        served = own.served or (own.phase == Phase.SERVING and own.weight == 100 and self.c.sight(home).ready)
-        self._set(home, phase=Phase.SERVING, drain_deadline=None, message=None, served=served)
+        self._set(home, phase=Phase.SERVING, drain_deadline=None, message=None)
 
     def _serve(self, name: str) -> None:
         self.wanted.add(name)
