@@ -22,7 +22,7 @@ from moe_kube.errors import ApiError, Conflict, Forbidden, Invalid, NotFound
 from moe_kube.managed import content, digest, owned
 from moe_kube.objects import Obj, Ref
 from moe_operator import live, told
-from moe_operator.children import Child, Key, controller_uid
+from moe_operator.children import Child, Key, RayFacts, controller_uid, project
 from moe_operator.conditions import refused, timed
 from moe_operator.decide import Plan, decide
 from moe_operator.names import Owner, board_url
@@ -49,6 +49,8 @@ Doing = Generator[Request, Any, None]
 
 SOON_S = 0.5
 """When to look again where a cache is behind what another writer did."""
+STALE_S = 15.0
+"""When to look again where a watch seems to have fallen silent: it finds out by itself within a minute and a half."""
 CLEANUP_S = 2.0
 """When to look again where an object of a deleted namesake is still there."""
 PODS = (k.RAY_SERVICE, k.DEPLOYMENT, k.HORIZONTAL_POD_AUTOSCALER)
@@ -147,6 +149,8 @@ class _Execution:
         self.waits_s: list[float] = []
 
     def run(self) -> Steps:
+        if (yield from self._failed_by_a_stale_cache()):
+            return Outcome(requeue_s=STALE_S, settled=False)
         if self.plan.intends_anew:
             yield from self._status(())
             self.fresh = True
@@ -161,6 +165,19 @@ class _Execution:
             yield SendWeights(self.snapshot.pods(), self.plan.weights)
         yield from self._status(tuple(self.failures))
         return self._outcome()
+
+    def _failed_by_a_stale_cache(self) -> Generator[Request, Any, bool]:
+        """Whether a revision is about to fail that the server knows to be well: a watch may have fallen silent."""
+        before = {r.name: r.phase for r in self.snapshot.status.revisions}
+        for revision in self.plan.status().revisions:
+            if revision.phase != Phase.FAILED or before.get(revision.name) in (None, Phase.FAILED):
+                continue
+            found: Obj | None = yield Get(Ref(k.RAY_SERVICE, self.owner.namespace, revision.name))
+            newest = project(k.RAY_SERVICE, found).facts if found is not None else None
+            known = self.snapshot.facts(revision.name)
+            if isinstance(newest, RayFacts) and newest.ready and not known.ready:
+                return True
+        return False
 
     def _outcome(self) -> Outcome:
         waits = list(self.waits_s)

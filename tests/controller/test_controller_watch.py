@@ -111,20 +111,19 @@ async def test_a_watch_that_breaks_costs_nothing_but_time(story: str, fault: Any
         assert await rests(stage, controller)
 
 
-async def test_a_silence_beyond_the_progress_deadline_leaves_the_traffic_where_it_was() -> None:
-    """What is not heard of cannot be judged ready: the old revision serves on, the new one counts as failed."""
-    stage = Stage("upgrade by Surge")
-    (serving,) = stage.world.revisions()
+async def test_a_silence_beyond_the_progress_deadline_fails_no_revision_that_is_well() -> None:
+    """Before a revision is called failed, the server is asked: a watch that says nothing is no witness."""
+    story = "upgrade by Surge"
+    state, made, steps = await undisturbed(story)
+    stage = Stage(story)
     api = wired(stage)
     async with controlled(stage, api) as controller:
         await stage.pass_time(2.0)
         api.add_watch("silent", kind=k.RAY_SERVICE, silent_s=150.0)
         stage.act()
-        await stage.pass_time(stage.story.seconds + CALM_S)
-        assert [step.get(serving) for step in stage.steps()] == [100] * len(stage.steps())
-        degraded = stage.world.condition("Degraded")
-        assert (degraded["status"], degraded["reason"]) == ("True", "RolledBack")
-        assert stage.world.condition("ServingReady")["status"] == "True"
+        await stage.pass_time(stage.story.seconds + 150.0 + CALM_S)
+        assert differences(stage.state(), state) == {}
+        assert (stage.made(), stage.steps()) == (made, steps)
         assert await rests(stage, controller)
 
 
