@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from moe_api import fields
-from moe_api.common import AbsolutePath, Count, LabelValue, Name, Natural, SecretKeyRef
+from moe_api.common import AbsolutePath, Count, LabelValue, Name, SecretKeyRef
 from moe_api.enums import CacheKind, Quantization
 from moe_api.fields import Rule, SpecModel, group, hot, revision
 from moe_api.scalars import Quantity
@@ -92,8 +92,8 @@ class HardwareSpec(SpecModel):
         "Accelerator by its catalog name, such as nvidia-h100; cpu runs ranks on processor cores.",
         allowed="a catalog name such as nvidia-h100, or cpu",
     )
-    gpus_per_replica: Count = revision(
-        "GPUs of one replica, over all its ranks; on cpu, its ranks.", 1, unit="GPUs", le=1024
+    gpus_per_replica: Annotated[int, Field(strict=True, ge=1, le=1024)] = revision(
+        "GPUs of one replica, over all its ranks; on cpu, its ranks.", 1, unit="GPUs"
     )
 
 
@@ -123,7 +123,9 @@ class ParallelismSpec(SpecModel):
 class ReplicasSpec(SpecModel):
     """How many replicas autoscaling may run."""
 
-    min: Natural = hot("Fewest replicas; 0 needs a fallback target.", 1, unit="replicas", le=1000)
+    min: Annotated[int, Field(strict=True, ge=0, le=1000)] = hot(
+        "Fewest replicas; 0 needs a fallback target.", 1, unit="replicas"
+    )
     max: Count | None = hot(
         "Most replicas; by default min (at least 1), so that nothing scales.", None, unit="replicas", le=1000
     )
