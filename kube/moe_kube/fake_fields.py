@@ -31,12 +31,12 @@ def item_key(item: Any, shape: Shape) -> str:
     if shape.form == "set":
         return _element("v:", json.dumps(item))
     if not isinstance(item, dict):
-        raise Invalid(f"an item must be a map with {', '.join(name for name, _ in shape.keys)}", status=422)
+        raise Invalid(f": an element must be a map with {', '.join(name for name, _ in shape.keys)}", status=422)
     found = []
     for name, default in shape.keys:
         value = item.get(name, default)
         if value is None:
-            raise Invalid(f"an item of a list lacks its key field {name!r}", status=422)
+            raise Invalid(f": element {json.dumps(item)[:80]} omits key field {name!r}", status=422)
         found.append((name, value))
     return _element("k:", tuple(found))
 
@@ -45,7 +45,7 @@ def keyed(items: Sequence[Any], shape: Shape) -> dict[str, Any]:
     """Items by path element, in order. Raises Invalid for duplicates."""
     out = {item_key(item, shape): item for item in items}
     if len(out) != len(items):
-        raise Invalid("duplicate entries in a list that is a map or a set", status=422)
+        raise Invalid(": duplicate entries in a list that is a map or a set", status=422)
     return out
 
 
@@ -59,14 +59,20 @@ def relation(value: Any, shape: Shape | None) -> str:
 
 
 def field_set(value: Any, shape: Shape | None, *, every: bool = False) -> Fields | None:
-    """The fields that a value holds. `every` makes each inner node a member too, as a change of it does."""
+    """The fields that a value holds. `every` makes each inner node a member too, as a change of it does.
+
+    Raises Invalid, which begins with the path, for an item without its key and for duplicates.
+    """
     form = relation(value, shape)
     if form == "whole" or (form == "map" and not value):
         return {}
     out: Fields = {}
     if form == "map":
         for name, item in value.items():
-            sub = field_set(item, shape.child(name) if shape else None, every=every)
+            try:
+                sub = field_set(item, shape.child(name) if shape else None, every=every)
+            except Invalid as error:
+                raise Invalid(f".{name}{error}", status=422) from None
             if sub is not None:
                 inner = sub and ((shape is not None and shape.open) or every) and "." not in sub
                 out[f"f:{name}"] = {**_SELF, **sub} if inner else sub

@@ -34,7 +34,10 @@ def apply(
     if live is None and subresource:
         raise NotFound(f'{resource(ref.kind)} "{ref.name}" not found')
     wanted = _scope(wanted, traits, subresource)
-    mine = field_set(wanted, traits.shape) if wanted else None
+    try:
+        mine = field_set(wanted, traits.shape) if wanted else None
+    except Invalid as error:
+        raise Invalid(f"failed to create typed patch object ({ref}): {error}", status=422) from None
     entries: list[Obj] = list(live.meta.get("managedFields", ())) if live else []
     if live is not None and not entries:
         entries = _before_first_apply(store, live, traits)
