@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
 from typing import Any, Literal
 
-from moe_api.enums import AuthMode
+from moe_api.enums import AuthMode, Toggle
+from moe_api.spec_engine import EngineMetrics
+from moe_api.spec_gateway import BudgetStore
+from moe_api.spec_traffic import TargetLimits
 from moe_api.v1alpha1 import (
     Egress,
     EngineKind,
@@ -90,6 +93,10 @@ def boot_knobs(resource: MoEDeployment) -> Knobs:
             share_cap=None if pins.share_cap is None else float(pins.share_cap),
         ),
     )
+
+
+ROLLING_ARGUMENTS = ("dtype", "enforce_eager", "prefix_caching", "redundant_experts", "engine_args")
+"""Fields of a ServingConfig whose change replaces replicas and keeps the cluster."""
 
 
 def rolling_arguments(spec: MoEDeploymentSpec) -> dict[str, Any]:
@@ -193,6 +200,29 @@ def unsupported(resource: MoEDeployment) -> tuple[Problem, ...]:
     if spec.engine.kind is EngineKind.EXTERNAL and spec.engine.api_key_secret_ref is not None:
         message = "the gateway sends no key to an external engine yet"
         found.append(Problem("spec.engine.apiKeySecretRef", message, "let the engine trust the gateway's pods"))
+    return tuple(found)
+
+
+def unheeded(spec: MoEDeploymentSpec) -> tuple[tuple[str, str], ...]:
+    """(field, why) of what is set and has no effect in this version: allowed, and said, as it guards nothing."""
+    gateway, monitoring = spec.gateway, spec.monitoring
+    found = []
+    if spec.tiers:
+        found.append(("spec.tiers", "the gateway does not tell tenants apart yet, so every request is of tier default"))
+    if spec.quality.tiers:
+        found.append(("spec.quality.tiers", "as long as every request is of tier default, spec.quality alone counts"))
+    for index, target in enumerate(spec.fallback.targets):
+        place = f"spec.fallback.targets[{index}]"
+        if target.limits != TargetLimits():
+            found.append((f"{place}.limits", "the gateway counts no requests of a provider's contract yet"))
+        if target.price.cached_input_usd_per_m_tokens is not None:
+            found.append((f"{place}.price.cachedInputUsdPerMTokens", "the gateway counts cached tokens in full"))
+    if gateway.budget_store != BudgetStore():
+        found.append(("spec.gateway.budgetStore", "each gateway pod keeps its share of the budget by itself"))
+    if spec.engine.metrics != EngineMetrics():
+        found.append(("spec.engine.metrics", "the gateway measures an external engine by its answers alone"))
+    if monitoring.dashboards is Toggle.ENABLED:
+        found.append(("spec.monitoring.dashboards", "no dashboard is made yet"))
     return tuple(found)
 
 

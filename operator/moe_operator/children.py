@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
 from moe_api.annotations import DEPLOYMENT_LABEL, OPERATOR_MANAGER, REVISION_LABEL
 from moe_core.moments import unix_s
+from moe_core.process_config import ROLLING_ARGUMENTS
 from moe_kube import objects as k
 from moe_kube.managed import content, digest, owned
 from moe_kube.objects import Kind, Obj, Ref
@@ -37,6 +40,9 @@ MESSAGE_MAX = 1024
 """Longest message that is kept of another controller's: Serve puts whole tracebacks there."""
 
 
+_ROLLING = tuple(to_camel(name) for name in ROLLING_ARGUMENTS)
+
+
 @dataclass(frozen=True, slots=True)
 class RayFacts:
     """State of a RayService. KubeRay's own Ready says that proxies answer, whatever becomes of the application."""
@@ -48,6 +54,8 @@ class RayFacts:
     since: int | None = None
     message: str = ""
     cluster: str = ""
+    arguments: str = ""
+    """Rolling arguments of its application as they are in force, as JSON; empty where they cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +181,16 @@ def _ray_service(obj: Obj) -> RayFacts:
         since=unix_s(ready.get("lastTransitionTime")),
         message=(next((m for m in messages if m), "") or ("" if up else str(ready.get("message", ""))))[:MESSAGE_MAX],
         cluster=active.get("rayClusterName") or pending.get("rayClusterName") or "",
+        arguments=_arguments((obj.get("spec") or {}).get("serveConfigV2")),
     )
+
+
+def _arguments(serve_config: object) -> str:
+    try:
+        arguments = json.loads(str(serve_config))["applications"][0]["args"]
+        return json.dumps({name: arguments[name] for name in _ROLLING if name in arguments}, sort_keys=True)
+    except (ValueError, LookupError, TypeError):
+        return ""
 
 
 def _ray_cluster(obj: Obj) -> ClusterFacts:

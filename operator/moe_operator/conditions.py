@@ -8,7 +8,7 @@ from moe_api.enums import TuningMode
 from moe_api.status import Condition, ConditionType, MoEDeploymentStatus
 from moe_api.status import RevisionPhase as Phase
 from moe_core.moments import rfc3339
-from moe_core.process_config import unsupported
+from moe_core.process_config import unheeded, unsupported
 from moe_kube import objects as k
 from moe_operator.children import MESSAGE_MAX, ClusterFacts, DeploymentFacts
 from moe_operator.names import gateway_name
@@ -59,11 +59,10 @@ def _accepted(snapshot: Snapshot) -> Said:
     unmade = [*unsupported(resource), *exposure.problems_of(resource)]
     if unmade:
         return Said(kind, "False", "NotSupported", "; ".join(map(str, unmade)))
-    out = gateway.left_out(resource)
-    if out:
-        said = "; ".join(f"{one.name} ({one.field}): {one.why}" for one in out)
-        return Said(kind, "True", "FallbackTargetLeftOut", f"not used: {said}")
-    return Said(kind, "True", "Valid")
+    out = [f"not used: {one.name} ({one.field}): {one.why}" for one in gateway.left_out(resource)]
+    idle = [f"{field}: {why}" for field, why in unheeded(resource.spec)]
+    reason = "FallbackTargetLeftOut" if out else "NotAllInForce" if idle else "Valid"
+    return Said(kind, "True", reason, "; ".join([*out, *idle]))
 
 
 def refused(message: str) -> tuple[Said, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,8 +10,10 @@ from typing import Any
 
 from moe_api.enums import TuningMode
 from moe_api.resource import MoEDeployment
+from moe_api.spec_model import ParallelismSpec
 from moe_api.status import MoEDeploymentStatus, PlanStatus, RevisionStatus, bounded
 from moe_api.status import RevisionPhase as Phase
+from moe_core.config import ServingConfig
 from moe_core.moments import rfc3339
 from moe_core.process_config import rolling_arguments
 from moe_core.wire import Weights
@@ -23,11 +26,13 @@ from moe_operator.names import Owner, board_name
 from moe_operator.record import Bounds, RevisionRecord
 from moe_operator.render import gateway, monitoring, revision
 from moe_operator.render.objects import RENDERER_VERSION, Rendered
-from moe_operator.revision import asked_for, born, name_of, pinned_for
+from moe_operator.revision import asked_for, name_of, pinned_for
 from moe_operator.rollout import Context, Rollout, advance
 from moe_operator.snapshot import Snapshot
+from moe_planner import fit
 
 EXTERNAL = "external"
+_SIZES = ("tensor", "data", "expert", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def decide(snapshot: Snapshot) -> Plan:
     # Where nothing runs and nothing may be made, there is nothing to roll out.
     idle = target is None and not snapshot.resource.spec.suspend
     rollout = None if idle else advance(_context(snapshot, target))
-    objects = _objects(snapshot, rollout, records, candidate.name if candidate is not None else None)
+    rolls = candidate.name if candidate is not None and not trouble.blocked else None
+    objects = _objects(snapshot, rollout, records, rolls)
     return Plan(
         snapshot=snapshot,
         rollout=rollout,
@@ -96,12 +102,21 @@ def decide(snapshot: Snapshot) -> Plan:
 
 
 def _candidate(snapshot: Snapshot) -> tuple[RevisionRecord | None, Trouble]:
-    """The revision that the spec asks for; None with the reason where a new one is needed and cannot be made."""
+    """The revision that the spec asks for; None where a new one is needed and cannot be made.
+
+    Trouble tells why, or why one that runs does not take new arguments.
+    """
     resource, config = snapshot.resource, snapshot.config
     remembered = {revision.name: revision for revision in snapshot.remembered()}
     pinned = pinned_for(snapshot.records.values(), resource, remembered)
     if pinned is not None:
-        return pinned, Trouble()
+        today = rolling_arguments(resource.spec)
+        in_force = _in_force(snapshot, pinned)
+        if all(getattr(in_force, name) == value for name, value in today.items()):
+            return pinned, Trouble()
+        cut = ParallelismSpec.model_validate({size: pinned.plan[size] for size in _SIZES if size in pinned.plan})
+        verdict = fit.check(resource.spec.model_copy(update={"parallelism": cut}))
+        return pinned, Trouble("DoesNotFit", verdict.message) if verdict.fits is False else Trouble()
     if snapshot.verdict.fits is False:
         return None, Trouble("DoesNotFit", snapshot.verdict.message)
     image = resource.spec.engine.image or config.engine_image
@@ -123,6 +138,15 @@ def _candidate(snapshot: Snapshot) -> tuple[RevisionRecord | None, Trouble]:
             # Its record was deleted, and today it would be another: what runs is not rebuilt because of that.
             return None, Trouble()
     return record, Trouble()
+
+
+def _in_force(snapshot: Snapshot, record: RevisionRecord) -> ServingConfig:
+    """Arguments of a revision's application as they are: those of its birth where it does not run."""
+    kept = snapshot.facts(record.name).arguments
+    try:
+        return ServingConfig.model_validate({**record.serving.to_json(), **json.loads(kept or "{}")})
+    except ValueError:
+        return record.serving
 
 
 def _running(snapshot: Snapshot) -> str | None:
@@ -185,9 +209,10 @@ def bounds_of(resource: MoEDeployment, status: MoEDeploymentStatus) -> Bounds:
 
 
 def _objects(
-    snapshot: Snapshot, rollout: Rollout | None, records: Mapping[str, RevisionRecord], asked: str | None
+    snapshot: Snapshot, rollout: Rollout | None, records: Mapping[str, RevisionRecord], rolls: str | None
 ) -> tuple[Rendered, ...]:
-    """`asked`: the revision that the spec asks for; fields of class rolling reach no other."""
+    """`rolls`: the revision that fields of class rolling reach. One on its way out must not take up what the next one
+    is to prove, nor one what does not fit it."""
     resource, owner = snapshot.resource, snapshot.owner
     shown = () if rollout is None else tuple(r.name for r in rollout.revisions if _shown(snapshot, rollout, r.name))
     made = list(_gateway(snapshot, rollout, shown))
@@ -198,26 +223,11 @@ def _objects(
             bounds = bounds_of(resource, snapshot.status)
             for record in (records[name] for name in pinned if name in rollout.wanted):
                 made.append(revision.board_service(record, owner))
-                spec = resource if record.name == asked else _other(snapshot, record)
-                if spec is not None:
-                    made.append(revision.ray_service(record, spec, bounds, owner))
+                kept = None if record.name == rolls else _in_force(snapshot, record)
+                made.append(revision.ray_service(record, resource, bounds, owner, kept=kept))
     present = {kind for kind in (k.POD_MONITOR, k.PROMETHEUS_RULE) if kind not in snapshot.absent}
     made += monitoring.objects(resource, present=present, config=snapshot.config, owner=owner, revisions=shown)
     return tuple(made)
-
-
-def _other(snapshot: Snapshot, record: RevisionRecord) -> MoEDeployment | None:
-    """The resource that a revision is rendered from which the spec does not ask for. None: it is left as it is.
-
-    While an upgrade is under way the old revision must not take up what the new one is to prove, and what the spec said
-    before is not known: where a field of class rolling differs from its birth, what runs stays.
-    """
-    before = born(record)
-    if not _runs(snapshot, record.name):
-        return before or snapshot.resource
-    if before is None or rolling_arguments(before.spec) != rolling_arguments(snapshot.resource.spec):
-        return None
-    return before
 
 
 def _shown(snapshot: Snapshot, rollout: Rollout, name: str) -> bool:
@@ -381,7 +391,7 @@ def _ready_replicas(snapshot: Snapshot, name: str) -> int:
 def _plan(snapshot: Snapshot, rollout: Rollout | None) -> PlanStatus | None:
     """The plan of the revision that serves, as it was when that was born."""
     if rollout is None or not rollout.revisions:
-        return snapshot.status.plan
+        return None
     leader = max(rollout.revisions, key=lambda r: (r.weight, r.name in rollout.wanted))
     record = snapshot.records.get(leader.name)
     return PlanStatus.model_validate(record.plan) if record is not None else snapshot.status.plan

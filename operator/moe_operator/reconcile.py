@@ -119,6 +119,13 @@ def _ask(
 def status_body(status: MoEDeploymentStatus) -> dict[str, Any]:
     """Our part of the status as JSON: never `tuning`, which is the tuner's, and nothing empty."""
     document = status.model_copy(update={"tuning": None}).to_json()
+    if "plan" in document:
+        document["plan"] = _filled(document["plan"])
+    return _filled(document)
+
+
+def _filled(document: dict[str, Any]) -> dict[str, Any]:
+    """Without empty lists and maps: nobody owns one, so what is read back would never be what was written."""
     return {key: value for key, value in document.items() if value not in ([], {}, None)}
 
 

@@ -74,12 +74,23 @@ def controller_revision(record: RevisionRecord, owner: Owner) -> Rendered:
     return _rendered(k.CONTROLLER_REVISION, record, owner, record.name, content)
 
 
-def ray_service(record: RevisionRecord, resource: MoEDeployment, bounds: Bounds, owner: Owner) -> Rendered:
-    """The RayService of a revision, with what of today's resource reaches it."""
+def ray_service(
+    record: RevisionRecord,
+    resource: MoEDeployment,
+    bounds: Bounds,
+    owner: Owner,
+    *,
+    kept: ServingConfig | None = None,
+) -> Rendered:
+    """The RayService of a revision, with what of today's resource reaches it. `kept`: arguments that stay instead."""
     spec = orjson.loads(orjson.dumps(record.cluster))  # a deep copy
+    if bounds.min > 0:
+        spec.setdefault("excludeHeadPodFromServeSvc", True)
+    else:
+        spec.pop("excludeHeadPodFromServeSvc", None)  # where no replica may be there, the head is the door
     for group in spec["rayClusterConfig"]["workerGroupSpecs"]:
         group |= {"replicas": bounds.min, "minReplicas": bounds.min, "maxReplicas": bounds.max}
-    serving = record.serving.model_copy(update=process_config.rolling_arguments(resource.spec))
+    serving = kept or record.serving.model_copy(update=process_config.rolling_arguments(resource.spec))
     spec["serveConfigV2"] = _serve_config(serving, bounds)
     return _rendered(k.RAY_SERVICE, record, owner, record.name, {"spec": spec})
 
