@@ -11,6 +11,7 @@ from typing import Any
 from pydantic.alias_generators import to_camel
 
 from moe_api.annotations import DEPLOYMENT_LABEL, OPERATOR_MANAGER, REVISION_LABEL
+from moe_api.redact import redact
 from moe_core.moments import unix_s
 from moe_core.process_config import ROLLING_ARGUMENTS
 from moe_kube import objects as k
@@ -156,6 +157,11 @@ def keys_of(child: Child) -> Iterable[Key]:
     return (child.key,) if child.deployment else ()
 
 
+def _said(message: str) -> str:
+    """A message of another controller, as status may repeat it: an engine's traceback may quote a token."""
+    return str(redact(message))[:MESSAGE_MAX]
+
+
 def _condition(obj: Obj, kind: str) -> dict[str, Any]:
     conditions = (obj.get("status") or {}).get("conditions") or ()
     return next((dict(condition) for condition in conditions if condition.get("type") == kind), {})
@@ -179,7 +185,7 @@ def _ray_service(obj: Obj) -> RayFacts:
         ready=up,
         deploying=reached and all(app in ("RUNNING", "DEPLOYING") for app in apps),
         since=unix_s(ready.get("lastTransitionTime")),
-        message=(next((m for m in messages if m), "") or ("" if up else str(ready.get("message", ""))))[:MESSAGE_MAX],
+        message=_said(next((m for m in messages if m), "") or ("" if up else str(ready.get("message", "")))),
         cluster=active.get("rayClusterName") or pending.get("rayClusterName") or "",
         arguments=_arguments((obj.get("spec") or {}).get("serveConfigV2")),
     )
@@ -213,7 +219,7 @@ def _deployment(obj: Obj) -> DeploymentFacts:
         wanted=int((obj.get("spec") or {}).get("replicas", 1)),
         available=int(status.get("availableReplicas", 0)),
         current=int(status.get("observedGeneration", 0)) >= int(obj["metadata"].get("generation", 0)),
-        message=str(stuck.get("message", ""))[:MESSAGE_MAX] if stuck.get("status") == "False" else "",
+        message=_said(str(stuck.get("message", ""))) if stuck.get("status") == "False" else "",
     )
 
 
