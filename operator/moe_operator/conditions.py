@@ -122,8 +122,8 @@ def _cluster(snapshot: Snapshot, rollout: Rollout | None, trouble: Trouble) -> S
         if snapshot.resource.spec.suspend:
             return Said(kind, "False", "Suspended", "spec.suspend is true")
         return Said(kind, "False", trouble.blocked or "NoRevision", trouble.blocked_message or "no revision runs")
-    if snapshot.child(k.RAY_SERVICE, leader) is None:
-        return Said(kind, "False", "Creating", (rollout.waits_for if rollout else "") or f"{leader} is being made")
+    if snapshot.child(k.RAY_SERVICE, leader) is None and rollout is not None and rollout.waits_for:
+        return Said(kind, "False", "Creating", rollout.waits_for)
     clusters = [
         c.facts
         for c in snapshot.of_kind(k.RAY_CLUSTER)

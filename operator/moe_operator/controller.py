@@ -63,6 +63,8 @@ class Controller:
         self._performer = Performer(api, caches=self.caches, fleet=fleet, teller=teller)
         self._queue: WorkQueue[Key] | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._under_way: set[Key] = set()
+        self._meanwhile: set[Key] = set()
         self._adds_before = 0
         self._retries_before = 0
         self._log = get_log("operator.controller")
@@ -107,8 +109,13 @@ class Controller:
         await self.caches.run()
 
     def wake(self, key: Key) -> None:
-        """Look at it as soon as a worker is free. Nothing happens while this process does not lead."""
-        if self._queue is not None:
+        """Look at it as soon as a worker is free. Nothing happens while this process does not lead.
+
+        What changes while a worker is at it is most often that worker's own doing: how it ends says when to look again.
+        """
+        if key in self._under_way:
+            self._meanwhile.add(key)
+        elif self._queue is not None:
             self._queue.add(key)
 
     async def start(self) -> None:
@@ -150,9 +157,12 @@ class Controller:
                 key = await queue.get()
             except QueueClosed:
                 return
+            self._under_way.add(key)
             try:
                 await self._one(key, queue)
             finally:
+                self._under_way.discard(key)
+                self._meanwhile.discard(key)
                 queue.done(key)
 
     async def _one(self, key: Key, queue: WorkQueue[Key]) -> None:
@@ -174,6 +184,8 @@ class Controller:
             result = "failed"
         else:
             result = self._ended(key, queue, outcome, log)
+        if key in self._meanwhile:
+            queue.add_after(key, 0.0 if result == "settled" else AGAIN_S)
         seconds = self._clock.monotonic() - began
         self._observe(result, seconds)
         log.debug("reconciled", result=result, seconds=round(seconds, 4))
