@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import cProfile
 import json
 import os
 import signal
@@ -57,6 +56,8 @@ SPEC: Obj = {
     "hardware": {"accelerator": "nvidia-h100", "gpusPerReplica": 4},
     "slo": {"ttftP95": "800ms", "itlP95": "50ms"},
 }
+POLL_S = 4.0
+"""Rarely: each look costs the operator some milliseconds of the CPU that is being measured."""
 QUIET_S = 5.0
 """Nothing was written for so long: everything is done."""
 LIMIT_S = 3600.0
@@ -112,13 +113,7 @@ class Recorder(Exporter):
 def run_operator(config: str, kubeconfig: str, report: str) -> int:
     """The whole operator as it is, with a recorder in place of its exporter; writes a report in the end."""
     operator_process.Exporter = Recorder  # type: ignore[attr-defined]
-    profiler = cProfile.Profile(time.process_time) if "PROFILE" in os.environ else None
-    if profiler is not None:
-        profiler.enable()
     status = operator_process.main(["--config", config, "--kubeconfig", kubeconfig])
-    if profiler is not None:
-        profiler.disable()
-        profiler.dump_stats(os.environ["PROFILE"] + Path(report).name)
     seen = Recorder.latest
     found = {"firstS": seen.first_s, "lastS": seen.last_s, "seconds": sorted(seen.seconds)}
     Path(report).write_text(json.dumps({**found, "cpuS": seen.last_cpu_s - seen.first_cpu_s}))
@@ -168,7 +163,7 @@ class Operator:
 @contextlib.contextmanager
 def operator(folder: Path, config: OperatorConfig, kubeconfig: Path) -> Iterator[Operator]:
     """An operator process, ready."""
-    path, report = folder / "operator.json", folder / f"report{time.time():.0f}.json"
+    path, report = folder / "operator.json", folder / "report.json"
     path.write_text(config.model_dump_json(by_alias=True))
     arguments = ["-m", "benchmarks.operator_scale", "--operator", str(path), str(kubeconfig), str(report)]
     process = subprocess.Popen(
@@ -196,7 +191,7 @@ def until_quiet(running: Operator, n: int, what: str) -> float:
     """Wait until every object was looked at, and nothing was written for a while. Writes in all."""
     end, seen, since = time.monotonic() + LIMIT_S, (-1.0, -1.0, -1.0), time.monotonic()
     while time.monotonic() < end:
-        time.sleep(1.0)
+        time.sleep(POLL_S)
         now = running.status()
         if now != seen:
             seen, since = now, time.monotonic()
@@ -309,12 +304,17 @@ def measure(n: int, workers: int, folder: Path) -> dict[str, Any]:
         live = plane.ask("GET", k.MOE_DEPLOYMENT.path(ours, name_of(0))).json()
         objects = pattern(config, ours, live)
         half = n - n // 2
+        server = [plane.components[name].pid for name in ("etcd", "kube-apiserver")]
+        server_s = [_cpu_s(server)]
         one_s, one_cpu_s = asyncio.run(bare_loop(access, objects, before, range(half), workers))
+        server_s.append(_cpu_s(server))
         with operator(folder, config, access) as first:
             until_quiet(first, n, "operator")
             rss_mib = first.peak_rss_mib()
             done = first.end()
+        server_s.append(_cpu_s(server))
         two_s, two_cpu_s = asyncio.run(bare_loop(access, objects, after, range(half, n), workers))
+        server_s.append(_cpu_s(server))
         with operator(folder, config, access) as second:
             idle_writes = until_quiet(second, n, "settled")
             settled_rss_mib = second.peak_rss_mib()
@@ -326,18 +326,30 @@ def measure(n: int, workers: int, folder: Path) -> dict[str, Any]:
         "rate_over_bare_client": round(bare_s / operator_s, 3),
         "reconcile_p99_ms": round(1000 * _quantile(done["seconds"], 0.99), 1),
         "idle_writes": int(idle_writes),
-        "rss_mib": round(rss_mib, 1),
-        "rss_settled_mib": round(settled_rss_mib, 1),
+        "rss_mib": round(max(rss_mib, settled_rss_mib), 1),
+        "rss_making_mib": round(rss_mib, 1),
+        "rss_starting_mib": round(settled_rss_mib, 1),
         "operator_s": round(operator_s, 1),
         "bare_s": round(bare_s, 1),
         "operator_cpu_ms_each": round(1000 * done["cpuS"] / n, 1),
         "bare_cpu_ms_each": round(1000 * (one_cpu_s + two_cpu_s) / n, 1),
+        "server_cpu_ms_each": round(1000 * (server_s[2] - server_s[1]) / n, 1),
+        "server_cpu_ms_each_bare": round(1000 * (server_s[1] - server_s[0] + server_s[3] - server_s[2]) / n, 1),
         "objects_each": len(objects),
         "reconcile_p50_ms": round(1000 * _quantile(done["seconds"], 0.5), 1),
         "reconciles": len(done["seconds"]),
         "workers": workers,
         "control_plane_mib": memory,
     }
+
+
+def _cpu_s(pids: list[int]) -> float:
+    """CPU that these processes have used so far."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime of proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _quantile(ordered: list[float], share: float) -> float:

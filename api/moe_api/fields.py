@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
@@ -160,7 +161,7 @@ class ListOf:
 
     def key_of(self, item: Any) -> Any:
         """What tells an item from the others."""
-        return getattr(item, to_snake(self.key)) if self.key else item
+        return getattr(item, _attribute(self.key)) if self.key else item
 
     def _check(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(items) > self.max_items:
@@ -222,3 +223,9 @@ class MapOf:
         if self.key_pattern and (len(key) > self.key_max or not re.fullmatch(self.key_pattern, key)):
             return self._form()
         return None
+
+
+@cache
+def _attribute(key: str) -> str:
+    """Python's name of a field; asked for with each item of each list."""
+    return to_snake(key)

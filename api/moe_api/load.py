@@ -103,7 +103,7 @@ def _validate(values: dict[str, Any]) -> MoEDeployment | list[tuple[Path, Proble
     checked again, until nothing new comes; a rule that reads what was taken out is not believed.
     """
     known: dict[tuple[Path, str], Problem] = {}
-    pruned = copy.deepcopy(values)
+    pruned = values
     removed: set[Path] = set()
     for _ in range(MAX_PASSES):
         try:
@@ -114,10 +114,12 @@ def _validate(values: dict[str, Any]) -> MoEDeployment | list[tuple[Path, Proble
                 if not any(_related(gone, path) for gone in removed for path in (item.path, *item.reads)):
                     known[item.path, item.problem.remedy] = item.problem
             culprits = {_removable(item.owner, pruned) for item in fresh} - removed
-            for path in culprits:
-                _take_out(pruned, path)
             if not culprits:
                 break
+            if pruned is values:
+                pruned = copy.deepcopy(values)
+            for path in culprits:
+                _take_out(pruned, path)
             removed |= culprits
         else:
             if not known:

@@ -132,8 +132,10 @@ def _pin_within(pin: str, bounds: str, *, exact: bool) -> Rule:
         path = f"self.bounds.{bounds}.{end}"
         parts.append(f"{value} {sign} double({path})" if exact else f"(!has({path}) || {value} {sign} {path})")
 
+    of_pin, of_bounds = to_snake(pin), to_snake(bounds)
+
     def holds(spec: TuningSpec) -> bool:
-        pinned, limits = getattr(spec.pins, to_snake(pin)), getattr(spec.bounds, to_snake(bounds))
+        pinned, limits = getattr(spec.pins, of_pin), getattr(spec.bounds, of_bounds)
         if pinned is None:
             return True
         return bool((limits.min is None or pinned >= limits.min) and (limits.max is None or pinned <= limits.max))

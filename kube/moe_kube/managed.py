@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -44,19 +45,19 @@ def digest(part: Mapping[str, Any]) -> str:
 
 
 def _pick(value: Any, fields: Mapping[str, Any]) -> Any:
-    children = {key: sub for key, sub in fields.items() if key != "."}
-    if not children:
-        return value
     if isinstance(value, list):
-        return _pick_items(value, children)
+        return _pick_items(value, fields) if any(key != "." for key in fields) else value
     if not isinstance(value, dict):
         return value
-    picked = {}
-    for key, sub in children.items():
-        name = key.removeprefix("f:")
+    picked, whole = {}, True
+    for key, sub in fields.items():
+        if key == ".":
+            continue
+        whole = False
+        name = key[2:]
         if key.startswith("f:") and name in value:
-            picked[name] = _pick(value[name], sub)
-    return picked
+            picked[name] = _pick(value[name], sub) if sub else value[name]
+    return value if whole else picked
 
 
 def _pick_items(items: list[Any], fields: Mapping[str, Any]) -> list[Any]:
@@ -64,13 +65,19 @@ def _pick_items(items: list[Any], fields: Mapping[str, Any]) -> list[Any]:
     picked = []
     for index, item in enumerate(items):
         for key, sub in fields.items():
-            mark, _, text = key.partition(":")
-            if mark == "k" and isinstance(item, dict):
-                wanted = json.loads(text)
+            mark, text = key[:2], key[2:]
+            if mark == "k:" and isinstance(item, dict):
+                wanted = _read(text)
                 if all(item.get(name) == want for name, want in wanted.items()):
                     picked.append({**wanted, **_pick(item, sub)})
                     break
-            elif (mark == "v" and json.loads(text) == item) or (mark == "i" and int(text) == index):
+            elif (mark == "v:" and _read(text) == item) or (mark == "i:" and int(text) == index):
                 picked.append(_pick(item, sub))
                 break
     return picked
+
+
+@lru_cache(maxsize=4096)
+def _read(text: str) -> Any:
+    """The key of a list item. There are few of them: names of containers, ports and variables."""
+    return json.loads(text)

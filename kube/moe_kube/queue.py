@@ -116,6 +116,13 @@ class WorkQueue(Generic[K]):
         elif self._heap[0][0] == due:
             self._earlier.set()
 
+    def unschedule(self, key: K) -> None:
+        """Forget its delayed `add`: whoever looks at it now decides anew when the next look is."""
+        if self._due.pop(key, None) is not None and len(self._heap) > 2 * len(self._due) + 64:
+            # What was unscheduled lies in the heap until its time; more than half of it is too much.
+            self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
+
     def add_rate_limited(self, key: K, *, at_least_s: float = 0.0) -> float:
         """`add` it after its back-off, and not before `at_least_s` (a Retry-After). Returns the wait in seconds."""
         failures = self._failures.get(key, 0) + 1

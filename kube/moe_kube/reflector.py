@@ -133,7 +133,7 @@ class Reflector(Generic[T]):
         version = _version(obj)
         known = self.synced and not self.absent
         if known and isinstance(version, int) and isinstance(self._seen, int) and version > self._seen:
-            self._put(ref_of(self.kind, obj), version, self._project(obj))
+            self._read(obj, version)
 
     def forget(self, ref: Ref) -> None:
         """Take the server's word that it is gone, ahead of the watch, or in its place where the watch missed it."""
@@ -243,9 +243,16 @@ class Reflector(Generic[T]):
             if entry is not None and not _older(version, entry[0]):
                 self._drop(ref)
         elif event.type != "BOOKMARK" and not old:
-            self._put(ref_of(self.kind, event.object), version, self._project(event.object))
+            self._read(event.object, version)
         if not old:
             self._version, self._seen = str(version), version
+
+    def _read(self, obj: Obj, version: Version) -> None:
+        """Put an object into the store, unless that knows it: then it is not even projected."""
+        ref = ref_of(self.kind, obj)
+        entry = self._store.get(ref)
+        if entry is None or _newer(version, entry[0]):
+            self._put(ref, version, self._project(obj))
 
     def _put(self, ref: Ref, version: Version, value: T) -> None:
         entry = self._store.get(ref)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import signal
 import sys
@@ -22,6 +23,8 @@ from moe_kube.connect import connect
 from moe_operator.exporter import Exporter
 from moe_operator.server import OperatorServer
 
+GC_THRESHOLDS = (50_000, 20, 100)
+"""The caches are many small objects without cycles: by default Python would walk them all again and again."""
 WATCH_S = 1.0
 """How often the process looks whether one of its parts has died."""
 
@@ -88,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(chosen.config)
         configure(config.log_level)
+        gc.set_threshold(*GC_THRESHOLDS)
         return asyncio.run(serve(config, chosen.kubeconfig))
     except ConfigRefused as refusal:
         print(f"operator: {refusal}", file=sys.stderr)  # noqa: T201

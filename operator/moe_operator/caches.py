@@ -31,6 +31,9 @@ from moe_operator.requests import Observed
 RELIST_S = 3600.0
 """How often each kind is listed anew, about: a watch that lost a change for good is put right by nothing else."""
 
+PAGE = 100
+"""Objects in one answer to a list: all kinds are listed at once, and an object is large until it is projected."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:

@@ -164,11 +164,15 @@ class Controller:
                 self._under_way.discard(key)
                 self._meanwhile.discard(key)
                 queue.done(key)
+            # One that had nothing to do has waited for nothing: thousands of them in a row would keep the loop from
+            # everything else, the lease's renewal first.
+            await self._clock.sleep(0)
 
     async def _one(self, key: Key, queue: WorkQueue[Key]) -> None:
         """One reconcile, and when the next one is due. Raises nothing but cancellation."""
         log = self._log.bind(namespace=key[0], name=key[1])
         began = self._clock.monotonic()
+        queue.unschedule(key)
         result: Result
         try:
             outcome = await run(self._reconcile(key, self._config), self._performer.perform)
@@ -209,6 +213,6 @@ class Controller:
                 queue.add_after(key, AGAIN_S)
         if outcome.requeue_s is not None:
             queue.add_after(key, max(outcome.requeue_s, SOONEST_S))
-        if self.caches.knows(key):
+        if self.caches.knows(key):  # what was due before is not: each look decides anew
             queue.add_after(key, self._config.resync_s * self._rng.uniform(0.8, 1.0))
         return "failed" if outcome.error else "settled" if outcome.settled else "changed"

@@ -81,14 +81,13 @@ def decide(snapshot: Snapshot) -> Plan:
         return _external(snapshot)
     candidate, trouble = _candidate(snapshot)
     target = None if snapshot.resource.spec.suspend else candidate.name if candidate is not None else _running(snapshot)
-    records = dict(snapshot.records)
-    if candidate is not None:
-        records[candidate.name] = candidate
+    if candidate is not None:  # as good as pinned: status speaks of it at once, not only when the cache has it
+        snapshot = replace(snapshot, records={**snapshot.records, candidate.name: candidate})
     # Where nothing runs and nothing may be made, there is nothing to roll out.
     idle = target is None and not snapshot.resource.spec.suspend
     rollout = None if idle else advance(_context(snapshot, target))
     rolls = candidate.name if candidate is not None and not trouble.blocked else None
-    objects = _objects(snapshot, rollout, records, rolls)
+    objects = _objects(snapshot, rollout, snapshot.records, rolls)
     return Plan(
         snapshot=snapshot,
         rollout=rollout,
@@ -96,7 +95,7 @@ def decide(snapshot: Snapshot) -> Plan:
         removals=_removals(snapshot, rollout, objects),
         patches=_patches(snapshot, objects),
         weights=_weights(snapshot, rollout),
-        trouble=replace(trouble, lost=_lost(snapshot, rollout, records)),
+        trouble=replace(trouble, lost=_lost(snapshot, rollout, snapshot.records)),
         requeue_s=rollout.requeue_s if rollout is not None else None,
     )
 

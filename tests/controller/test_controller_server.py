@@ -130,7 +130,7 @@ async def test_a_leader_that_cannot_renew_stops_writing_in_time_and_leads_again_
         assert len(bench.cluster.refs(k.RAY_SERVICE)) == 2
 
 
-@pytest.mark.parametrize("lose_at", range(0, 16, 3))
+@pytest.mark.parametrize("lose_at", range(0, 13, 3))
 async def test_a_lease_lost_in_the_middle_of_the_writes_is_never_two_writers(lose_at: int) -> None:
     """Each write of the leader takes two seconds, and from one of them on it cannot renew its lease."""
     bench = Bench()

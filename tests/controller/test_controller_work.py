@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -128,6 +129,27 @@ async def test_everything_is_looked_at_once_when_work_begins_and_then_rests_unti
         assert len(again) == 3  # not all at once
         assert all(480.0 <= at <= 600.1 for at in again)
     assert set(bench.results) == {"settled"}
+
+
+async def test_many_that_have_nothing_to_do_leave_the_loop_to_others() -> None:
+    bench = Bench(ends(Outcome()), workers=4)
+    for number in range(200):
+        bench.put(f"many-{number}")
+    following = asyncio.create_task(bench.controller.follow())
+    await bench.pass_time(1.0)
+    turns = []
+
+    async def other() -> None:
+        while len(bench.looks) < 203:
+            turns.append(len(bench.looks))
+            await asyncio.sleep(0)
+        turns.append(len(bench.looks))
+
+    await bench.controller.start()
+    await other()
+    assert max(after - before for before, after in pairwise(turns)) <= 4
+    await bench.controller.stop()
+    following.cancel()
 
 
 async def test_a_change_is_looked_at_at_once() -> None:
@@ -289,6 +311,52 @@ async def test_one_key_is_never_with_two_workers() -> None:
         await bench.clock.advance(0.1)
         assert len(bench.times("one")) == 2
         assert bench.controller.under_way == 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "second_s"),
+    [
+        pytest.param(Outcome(), 0.0, id="it had nothing to do: the change is somebody else's"),
+        pytest.param(Outcome(settled=False), AGAIN_S, id="it wrote: the change may well be its own"),
+        pytest.param(Outcome(error="a name is taken"), AGAIN_S, id="it failed: its back-off, or this"),
+    ],
+)
+async def test_a_change_while_a_worker_is_at_it_is_looked_at_once_more(outcome: Outcome, second_s: float) -> None:
+    def plan(key: Key) -> Doing:
+        yield Look(key)
+        if key[1] == "one" and len(bench.times("one")) == 1:
+            bench.put("one", suspend=True)
+            yield Get(Ref(k.CONFIG_MAP, "a", "x"))
+            return outcome
+        return Outcome()
+
+    bench = Bench(plan)
+
+    async def slow(*_: object, **__: object) -> Obj:
+        await bench.clock.sleep(0.2)
+        return {}
+
+    bench.api.get = slow  # type: ignore[method-assign]
+    async with bench.running():
+        await bench.pass_time(0.3, steps=30)
+        await bench.pass_time(second_s, steps=50)
+        assert len(bench.times("one")) >= 2
+        await bench.pass_time(5.0)
+        assert len(bench.times("one")) == 2
+
+
+async def test_a_look_forgets_what_was_due_before_it() -> None:
+    def plan(key: Key) -> Doing:
+        yield Look(key)
+        return Outcome(requeue_s=5.0) if len(bench.times(key[1])) == 1 else Outcome()
+
+    bench = Bench(plan)
+    async with bench.running():
+        await bench.pass_time(2.0)
+        bench.put("one", suspend=True)
+        await bench.pass_time(10.0)
+        assert len(bench.times("one")) == 2
+        assert len(bench.times("two")) == 2
 
 
 async def test_stopping_waits_for_the_call_under_way_and_takes_no_other_key() -> None:

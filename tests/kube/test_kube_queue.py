@@ -42,6 +42,39 @@ async def test_a_key_added_while_it_is_worked_on_comes_again_after_done():
     assert len(q) == 0
 
 
+async def test_an_unscheduled_key_does_not_come_unless_it_is_added_again():
+    clock = FakeClock()
+    q = queue(clock)
+    q.add_after("a", 10)
+    q.add_after("b", 10)
+    q.unschedule("a")
+    q.unschedule("never added")
+    await clock.advance(11)
+    assert list(q._ready) == ["b"]
+    q.add_after("a", 5)
+    q.unschedule("a")
+    q.add_after("a", 20)
+    await clock.advance(10)
+    assert list(q._ready) == ["b"]
+    await clock.advance(11)
+    assert list(q._ready) == ["b", "a"]
+
+
+async def test_what_was_unscheduled_does_not_pile_up():
+    clock = FakeClock()
+    q = queue(clock)
+    for key in "abc":
+        q.add_after(key, 50)
+    for _ in range(5000):
+        q.unschedule("a")
+        q.add_after("a", 1000)
+    assert len(q._heap) < 200
+    await clock.advance(51)
+    assert sorted(q._ready) == ["b", "c"]
+    await clock.advance(1000)
+    assert sorted(q._ready) == ["a", "b", "c"]
+
+
 async def test_the_earliest_delayed_add_wins():
     clock = FakeClock()
     q = queue(clock)
