@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from tests.cluster.operators import pod_environment
 from tests.cluster.pod_network.sitecustomize import PODS
 
 SYNC_S = 0.3
+FILE_S = 10.0
+"""A changed ConfigMap reaches its pods this late or later in a real cluster too: weights must come by command."""
 SELECTOR = "app.kubernetes.io/component=gateway"
 
 
@@ -45,6 +48,7 @@ class Pod:
     folder: Path
     written: str
     process: subprocess.Popen[bytes]
+    written_at: float
 
     def answers(self) -> bool:
         try:
@@ -123,9 +127,9 @@ class GatewayPods:
         known = self._pods.get(uid)
         if known is None:
             self._pods[uid] = self._start(namespace, deployment, pod, text)
-        elif known.written != text:
+        elif known.written != text and time.monotonic() - known.written_at >= FILE_S:
             self._write(known.folder, namespace, known.address, text)
-            known.written = text
+            known.written, known.written_at = text, time.monotonic()
 
     def _start(self, namespace: str, deployment: str, pod: dict[str, Any], text: str) -> Pod:
         address = f"{self._edge.network}.{pod['status']['podIP'].removeprefix(PODS)}"
@@ -142,7 +146,7 @@ class GatewayPods:
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509  it makes one system call and takes no lock
             )
-        return Pod(namespace, deployment, address, folder, text, process)
+        return Pod(namespace, deployment, address, folder, text, process, time.monotonic())
 
     def _write(self, folder: Path, namespace: str, address: str, text: str) -> None:
         """Its configuration, as that pod sees it; replaced at once, as kubelets do."""

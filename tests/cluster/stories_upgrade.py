@@ -39,6 +39,8 @@ def upgrading(life: Life, before: dict[str, Any], after: dict[str, Any], per_s: 
         life.until("requests are answered", lambda: any(request.good for request in trickle.requests))
         life.apply(after)
         yield trickle
+        # Status says what is meant before gateways are told: from the first good answer on, all are good.
+        life.until("requests are answered", lambda: any(request.good for request in trickle.requests[-2:]))
         answered = len(trickle.requests)
         life.until("requests are answered", lambda: len(trickle.requests) > answered + 5)
         later = trickle.requests[answered:]
