@@ -49,6 +49,8 @@ Doing = Generator[Request, Any, None]
 
 SOON_S = 0.5
 """When to look again where a cache is behind what another writer did."""
+SETTLING_S = 180.0
+"""For so long after the last step gateways are asked on: a kubelet may bring one the new revision's address late."""
 STALE_S = 15.0
 """When to look again where a watch seems to have fallen silent: it finds out by itself within a minute and a half."""
 CLEANUP_S = 2.0
@@ -104,7 +106,10 @@ def _ask(
 ) -> Generator[Request, Any, Gateways | None]:
     """Ask the gateways while traffic moves, and otherwise as often as `status.live` is written."""
     pods = pods_of(ours(observed, resource))
-    moving = any(r.phase != Phase.SERVING or r.weight < 100 for r in status.revisions)
+    moving = any(
+        r.phase != Phase.SERVING or r.weight < 100 or observed.now - (unix_s(r.step_started_at) or 0) < SETTLING_S
+        for r in status.revisions
+    )
     if not pods or not (moving or live.due(status.live, int(observed.now))):
         return None
     steps = [unix_s(r.step_started_at) for r in status.revisions if r.phase == Phase.PROMOTING]

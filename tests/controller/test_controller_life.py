@@ -570,3 +570,24 @@ def test_gateways_that_never_answer_are_told_and_hold_no_drain_for_ever() -> Non
     world.put(spec_with("suspend", True))
     world.run(START_S)
     assert services(world) == set()
+
+
+def test_gateways_that_lag_after_a_bridge_are_asked_until_they_use_the_new_weights() -> None:
+    world = started(BRIDGE)
+    world.put(LONGER_BRIDGE)
+    until(world, lambda: len(services(world)) == 1 and not weights(world))
+    world.pods.deaf = True
+    until(world, lambda: bool(weights(world)), turns=200)
+    asked: list[AskGateways] = []
+    ask = world.pods.ask
+
+    async def counted(request: AskGateways) -> Any:
+        asked.append(request)
+        return await ask(request)
+
+    world.pods.ask = counted  # type: ignore[method-assign]
+    world.run(60.0)
+    assert len(asked) >= 8
+    world.pods.deaf = False
+    world.run(10.0)
+    assert world.pods.version == (world.resource() or {})["status"]["weightsVersion"]
