@@ -44,7 +44,7 @@ unit: setup ## tests that need no engine and no control plane
 	.venv/bin/pytest -m "not faults and not cluster and not engine and not full"
 
 faults: setup ## the operator's fault suites on the in-memory API server, on two cores
-	.venv/bin/pytest -m "faults and not full" -n 2
+	.venv/bin/pytest -m "faults and not full" -n 2 --dist worksteal
 
 control-plane: ## build the Kubernetes that `make cluster` runs: once, minutes; KUBEBUILDER_ASSETS skips it
 	@$(PYTHON) tools/controlplane/build.py
