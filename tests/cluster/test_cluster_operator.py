@@ -21,7 +21,7 @@ from tests.cluster.control_plane import ControlPlane, eventually
 from tests.cluster.kuberay import install_crds
 from tests.cluster.operators import Operator, config, grant, running
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.full]
 
 SPEC: Obj = {
     "model": {"id": "Qwen/Qwen3-235B-A22B-FP8"},
@@ -180,10 +180,15 @@ def cluster_of(service: Obj) -> Obj:
     meta = service["metadata"]
     labels = {**meta["labels"], "ray.io/originated-from-cr-name": meta["name"]}
     spec = service["spec"]["rayClusterConfig"]
+    owner = {"apiVersion": "ray.io/v1", "kind": "RayService", "name": meta["name"], "uid": meta["uid"]}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayCluster",
-        "metadata": {"name": f"{meta['name']}-abcde", "labels": labels},
+        "metadata": {
+            "name": f"{meta['name']}-abcde",
+            "labels": labels,
+            "ownerReferences": [{**owner, "controller": True}],
+        },
         "spec": spec,
     }
 

