@@ -23,7 +23,6 @@ without `kwok`, pods stay Pending. Everything listens on 127.0.0.1, on free port
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shutil
 import subprocess
@@ -178,11 +177,13 @@ class ControlPlane:
         for path in files:
             group, plural = path.stem.split("_")
             name, text = f"{definitions}/{plural}.{group}", path.read_text()
-            patch = functools.partial(
-                self.ask, "PATCH", name, text, content_type=APPLY, fieldManager="test", force="true"
-            )
-            # 429 while the API server makes room for the kind of before.
-            applied = eventually("a CRD is taken", lambda patch=patch: None if (r := patch()).status_code == 429 else r)
+            patch = partial(self.ask, "PATCH", name, text, content_type=APPLY, fieldManager="test", force="true")
+
+            def taken(patch: Callable[[], requests.Response] = patch) -> requests.Response | None:
+                # 429 while the API server makes room for the kind of before.
+                return answer if (answer := patch()).status_code != 429 else None
+
+            applied = eventually("a CRD is taken", taken)
             assert applied.ok, applied.text
             served += [(f"/apis/{group}/{one['name']}", plural) for one in applied.json()["spec"]["versions"]]
 
