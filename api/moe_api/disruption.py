@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -123,16 +124,37 @@ def inputs(resource: MoEDeployment, disruption: Disruption) -> dict[str, Any]:
 
 
 def _inputs(path: str, group: BaseModel, least: int, inherited: Disruption | None, found: dict[str, Any]) -> None:
-    for name, info in type(group).model_fields.items():
-        value = getattr(group, name)
-        own = inherited or _class(info)
-        place = f"{path}.{info.alias or name}"
+    for field in _fields(type(group)):
+        value = getattr(group, field.name)
+        own = inherited or field.own
         if isinstance(value, BaseModel):
-            _inputs(place, value, least, own, found)
-        elif _given(value, info) and _ORDER.index(own or _deepest(value)) >= least:
-            found[place] = _plain(value)
+            _inputs(f"{path}.{field.alias}", value, least, own, found)
+        elif value is None or value in ((), {}) or (not field.required and value == field.default):
+            continue
+        elif _ORDER.index(own or _deepest(value)) >= least:
+            found[f"{path}.{field.alias}"] = _plain(value)
 
 
-def _given(value: Any, info: FieldInfo) -> bool:
-    empty = value is None or value in ((), {})
-    return not empty and (info.is_required() or value != info.get_default(call_default_factory=True))
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """What `_inputs` asks of a field, looked up once."""
+
+    name: str
+    alias: str
+    own: Disruption | None
+    required: bool
+    default: Any
+
+
+@cache
+def _fields(group: type[BaseModel]) -> tuple[_Field, ...]:
+    return tuple(
+        _Field(
+            name,
+            info.alias or name,
+            _class(info),
+            info.is_required(),
+            None if info.is_required() else info.get_default(call_default_factory=True),
+        )
+        for name, info in group.model_fields.items()
+    )

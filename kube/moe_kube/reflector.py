@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from moe_core.clock import Clock
 from moe_core.log import get_log
 from moe_core.retry import Backoff
-from moe_kube.api import Api, Page, WatchEvent
+from moe_kube.api import Api, WatchEvent
 from moe_kube.errors import ApiError, Gone, NotFound, Stale, Unreachable
 from moe_kube.objects import Kind, Obj, Ref, ref_of
 
@@ -39,7 +39,7 @@ class Reflector(Generic[T]):
     `project` makes of an object what is kept of it; it must not fail. `on_change(ref, old, new)` is called in the order
     of versions after the store has changed; old is None for a new object, new is None for one that is gone. An object
     deleted and made anew between two lists is one change: whoever cares keeps its uid. `index` names the keys under
-    which `by` finds an object.
+    which `by` finds an object. Reflectors that share `pages` hold so many pages of whole objects at once, all together.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Reflector(Generic[T]):
         absent_s: float = 30.0,
         relist_every_s: float | None = None,
         page: int = 500,
+        pages: asyncio.Semaphore | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self.kind = kind
@@ -73,6 +74,7 @@ class Reflector(Generic[T]):
         self._absent_s = absent_s
         self._relist_every_s = relist_every_s
         self._page = page
+        self._pages = pages or asyncio.Semaphore()
         self._rng = rng or random.Random()
         self._store: dict[Ref, tuple[Version, T]] = {}
         self._keys: dict[Hashable, dict[Ref, None]] = {}
@@ -175,16 +177,10 @@ class Reflector(Generic[T]):
         if self._relist_every_s is not None:
             self._relist_at = self._clock.monotonic() + self._relist_every_s * self._rng.uniform(0.8, 1.2)
         found: dict[Ref, tuple[Version, T]] = {}
-        page = await self._page_at("")
         # Later pages are of the same version, or newer where the server lost it: then events only repeat.
-        version = page.resource_version
-        self._refuse_older(version)
-        while True:
-            for obj in page.items:
-                found[ref_of(self.kind, obj)] = (_version(obj), self._project(obj))
-            if not page.continue_token:
-                break
-            page = await self._page_at(page.continue_token)
+        version, token = await self._page_into(found, "")
+        while token:
+            _, token = await self._page_into(found, token)
         listed = _number(version)
         for ref in [ref for ref, entry in self._store.items() if ref not in found and not _older(listed, entry[0])]:
             self._drop(ref)
@@ -194,10 +190,17 @@ class Reflector(Generic[T]):
         self._recover()
         self._synced.set()
 
-    async def _page_at(self, token: str) -> Page:
-        return await self._api.list(
-            self.kind, namespace=self._namespace, labels=self._labels, limit=self._page, continue_token=token
-        )
+    async def _page_into(self, found: dict[Ref, tuple[Version, T]], token: str) -> tuple[str, str]:
+        """Read one page; its version, and the token of the next one."""
+        async with self._pages:
+            page = await self._api.list(
+                self.kind, namespace=self._namespace, labels=self._labels, limit=self._page, continue_token=token
+            )
+            if not token:
+                self._refuse_older(page.resource_version)
+            for obj in page.items:
+                found[ref_of(self.kind, obj)] = (_version(obj), self._project(obj))
+            return page.resource_version, page.continue_token
 
     def _refuse_older(self, version: str) -> None:
         """A server that lags behind what we have seen may not take us back; one restored from a backup must."""

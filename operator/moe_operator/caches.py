@@ -32,7 +32,9 @@ RELIST_S = 3600.0
 """How often each kind is listed anew, about: a watch that lost a change for good is put right by nothing else."""
 
 PAGE = 100
-"""Objects in one answer to a list: all kinds are listed at once, and an object is large until it is projected."""
+"""Objects in one answer to a list: an object is large until it is projected."""
+PAGES = 2
+"""Answers to lists that are in memory at once, of all kinds: one that hangs does not keep the others waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Caches:
         self.conditions: Counter[tuple[str, str]] = Counter()
         """How many MoEDeployments have each (type, status)."""
         draw = rng or random.Random()
+        pages = asyncio.Semaphore(PAGES)
         self._scopes: dict[str, dict[Kind, Reflector[Any]]] = {}
         for scope in config.namespaces or ("",):
             namespace = scope or None
@@ -100,6 +103,8 @@ class Caches:
                     on_change=self._on_resource,
                     namespace=namespace,
                     relist_every_s=RELIST_S,
+                    page=PAGE,
+                    pages=pages,
                     rng=draw,
                 )
             }
@@ -115,6 +120,8 @@ class Caches:
                     namespace=namespace,
                     labels=MANAGED_SELECTOR,
                     relist_every_s=RELIST_S,
+                    page=PAGE,
+                    pages=pages,
                     rng=draw,
                 )
             self._scopes[scope] = of_kind
