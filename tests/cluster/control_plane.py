@@ -133,12 +133,18 @@ class ControlPlane:
         """One request to the API server; `parameters` are its query (dryRun, fieldManager). Never raises for a status.
 
         An object goes as JSON, which is YAML too: `content_type=APPLY` applies it server-side. Text goes as it is.
+        429 is asked again for a while, as kubectl does: the API server says it while it makes room for a CRD.
         """
         headers = {"Authorization": f"Bearer {self.tokens[user]}", "Content-Type": content_type}
         data = body if isinstance(body, str) or body is None else json.dumps(body)
-        return self._http.request(
-            method, self.url + path, params=parameters, headers=headers, data=data, timeout=WAIT_S
-        )
+        end = time.monotonic() + WAIT_S
+        while True:
+            answer = self._http.request(
+                method, self.url + path, params=parameters, headers=headers, data=data, timeout=WAIT_S
+            )
+            if answer.status_code != 429 or time.monotonic() > end:
+                return answer
+            time.sleep(float(answer.headers.get("Retry-After", 1)))
 
     def kubectl(
         self, *arguments: str | Path, stdin: str | None = None, user: str = "admin", check: bool = True
@@ -177,13 +183,7 @@ class ControlPlane:
         for path in files:
             group, plural = path.stem.split("_")
             name, text = f"{definitions}/{plural}.{group}", path.read_text()
-            patch = partial(self.ask, "PATCH", name, text, content_type=APPLY, fieldManager="test", force="true")
-
-            def taken(patch: Callable[[], requests.Response] = patch) -> requests.Response | None:
-                # 429 while the API server makes room for the kind of before.
-                return answer if (answer := patch()).status_code != 429 else None
-
-            applied = eventually("a CRD is taken", taken)
+            applied = self.ask("PATCH", name, text, content_type=APPLY, fieldManager="test", force="true")
             assert applied.ok, applied.text
             served += [(f"/apis/{group}/{one['name']}", plural) for one in applied.json()["spec"]["versions"]]
 

@@ -19,7 +19,7 @@ from tests.cluster.namespaces import fresh_namespace
 from tests.cluster.operators import ENVIRONMENT, config, grant, running
 from tests.cluster.stories_scale import uids
 
-pytestmark = [pytest.mark.cluster, pytest.mark.full]
+pytestmark = pytest.mark.cluster
 
 RECREATE = {"upgrade": {"strategy": "Recreate", "drainTimeout": "2s"}}
 NEWER: dict[str, Any] = {
