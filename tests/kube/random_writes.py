@@ -149,7 +149,7 @@ async def replace(api: Api, ref: Ref, body: Obj) -> None:
     for last in (*[False] * 9, True):
         version = (await api.get(ref))["metadata"]["resourceVersion"]
         try:
-            await api.replace(ref, {**body, "metadata": {**body["metadata"], "resourceVersion": version}})
+            await api.replace(ref, {**body, "metadata": {**body.get("metadata", {}), "resourceVersion": version}})
         except Conflict:
             if last:
                 raise
