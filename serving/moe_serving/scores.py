@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,6 @@ from torch import Tensor
 
 from moe_serving.capacity import Scores
 
-_KNOWN_CUSTOM = {"Llama4MoE.custom_routing_function": "sigmoid"}
-"""Custom routing functions whose scores are known: plain top-k of the logits, weights by this function."""
-
 
 class UnknownRouting(Exception):
     """A router whose scores are not known: its load is counted, capacity is refused for its layer."""
@@ -20,37 +18,27 @@ class UnknownRouting(Exception):
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router turns logits into experts and weights."""
+    """How a router turns logits into experts and weights.
+
+    Experts are chosen by gate + bias where there is a bias, by the gate itself where `by_gate`, else by the logits.
+    They differ where a gate saturates: close logits then share a gate.
+    """
 
     scoring: str
     renormalize: bool
-    scaling: float
-    groups: int
-    groups_per_token: int
-    bias: Tensor | None
+    scaling: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
+    bias: Tensor | None = None
+    by_gate: bool = False
 
 
 def routing_of(router: Any) -> Routing:
-    """Read a router's rule from its attributes. Raises UnknownRouting with the reason."""
-    if getattr(router, "_hash_indices_table", None) is not None:
-        raise UnknownRouting("hash-routed: experts follow the token id, not a score")
-    custom = getattr(router, "custom_routing_function", None)
-    if custom is not None:
-        name = getattr(custom, "__qualname__", repr(custom))
-        if name not in _KNOWN_CUSTOM:
-            raise UnknownRouting(f"custom routing function {name}")
-        return Routing(_KNOWN_CUSTOM[name], False, 1.0, 1, 1, None)
-    scoring = getattr(router, "scoring_func", None)
-    if scoring not in ("softmax", "sigmoid", "sqrtsoftplus"):
-        raise UnknownRouting(f"{type(router).__name__} with scoring {scoring!r}")
-    bias = getattr(router, "e_score_correction_bias", None)
-    groups, per_token = 1, 1
-    # The CPU router covers every scheme in one class and says which by a flag; the others are a class each.
-    grouped = bool(getattr(router, "use_grouped_topk", type(router).__name__ == "GroupedTopKRouter"))
-    if grouped:
-        groups, per_token = int(router.num_expert_group or 1), int(router.topk_group or 1)
-    scaling = float(getattr(router, "routed_scaling_factor", 1.0)) if grouped or bias is not None else 1.0
-    return Routing(str(scoring), bool(getattr(router, "renormalize", False)), scaling, groups, per_token, bias)
+    """Read a router's rule from its attributes, as its own class uses them. Raises UnknownRouting with the reason."""
+    kind = type(router).__name__
+    if kind not in _READERS:
+        raise UnknownRouting(f"router class {kind}; known are {', '.join(sorted(_READERS))}")
+    return _READERS[kind](router)
 
 
 def scores(routing: Routing, logits: Tensor) -> Scores:
@@ -58,10 +46,9 @@ def scores(routing: Routing, logits: Tensor) -> Scores:
     gate = _gate(routing.scoring, logits.float())
     if routing.bias is not None:
         selection = gate + routing.bias.float().unsqueeze(0)
-    elif routing.groups > 1:
+    elif routing.by_gate:
         selection = gate
     else:
-        # Top-k of plain routers is taken on the logits; a softmax could merge close ones.
         selection = logits.float()
     if routing.groups == 1:
         return Scores(selection, gate)
@@ -93,3 +80,82 @@ def _allowed(selection: Tensor, routing: Routing) -> Tensor:
     chosen = strength.topk(routing.groups_per_token, dim=-1).indices
     mask = torch.zeros(tokens, routing.groups, dtype=torch.bool, device=selection.device)
     return mask.scatter_(1, chosen, True).repeat_interleave(experts // routing.groups, dim=1)
+
+
+def _cpu(router: Any) -> Routing:
+    """One class for every scheme, which it tries in this order; what a scheme does not use is ignored, as there."""
+    if router.use_grouped_topk:
+        return _in_groups(router, int(router.num_expert_group), int(router.topk_group))
+    if router.scoring_func == "sqrtsoftplus":
+        return _biased(router)
+    if router.custom_routing_function is not None:
+        return _custom(router)
+    if router.scoring_func != "softmax":
+        raise UnknownRouting(f"CPURouter with scoring {router.scoring_func!r} and no groups: vLLM cannot run it")
+    # Neither a bias nor a scale: this branch of the class reads neither.
+    return Routing("softmax", bool(router.renormalize))
+
+
+def _grouped(router: Any) -> Routing:
+    groups, experts = int(router.num_expert_group), int(router.global_num_experts)
+    if experts <= groups or experts % groups:
+        if router.e_score_correction_bias is None:
+            # The class falls back to plain softmax here, whatever its scoring, and drops the scale.
+            return Routing("softmax", bool(router.renormalize))
+        return _biased(router)
+    return _in_groups(router, groups, int(router.topk_group))
+
+
+def _in_groups(router: Any, groups: int, groups_per_token: int) -> Routing:
+    return Routing(
+        _scoring(router, "softmax", "sigmoid"),
+        bool(router.renormalize),
+        float(router.routed_scaling_factor),
+        groups,
+        groups_per_token,
+        router.e_score_correction_bias,
+        by_gate=True,
+    )
+
+
+def _biased(router: Any) -> Routing:
+    if getattr(router, "_hash_indices_table", None) is not None:
+        raise UnknownRouting("hash-routed: experts follow the token id, not a score")
+    if getattr(router, "num_fused_shared_experts", 0):
+        raise UnknownRouting("shared experts are slots of the routed ones here, and take every token")
+    if getattr(router, "bias_vl", None) is not None:
+        raise UnknownRouting("image tokens are routed with a bias of their own")
+    scoring = _scoring(router, "softmax", "sigmoid", "sqrtsoftplus")
+    bias, scaling = router.e_score_correction_bias, float(router.routed_scaling_factor)
+    return Routing(scoring, bool(router.renormalize), scaling, bias=bias)
+
+
+def _plain(router: Any) -> Routing:
+    return Routing(_scoring(router, "softmax", "sigmoid"), bool(router.renormalize))
+
+
+def _custom(router: Any) -> Routing:
+    custom = router.custom_routing_function
+    name = f"{getattr(custom, '__module__', '')}.{getattr(custom, '__qualname__', type(custom).__name__)}"
+    if name == "vllm.model_executor.models.llama4.Llama4MoE.custom_routing_function":
+        # Chosen by the logits, weighted by their sigmoid, and never renormalised.
+        return Routing("sigmoid", renormalize=False)
+    if name == "vllm.model_executor.models.cohere2_moe.token_choice_with_bias":
+        return Routing("sigmoid", bool(router.renormalize), by_gate=True)
+    raise UnknownRouting(f"custom routing function {name}")
+
+
+def _scoring(router: Any, *known: str) -> str:
+    scoring = str(router.scoring_func)
+    if scoring not in known:
+        raise UnknownRouting(f"{type(router).__name__} with scoring {scoring!r}")
+    return scoring
+
+
+_READERS: Mapping[str, Callable[[Any], Routing]] = {
+    "CPURouter": _cpu,
+    "CustomRoutingRouter": _custom,
+    "FusedTopKBiasRouter": _biased,
+    "FusedTopKRouter": _plain,
+    "GroupedTopKRouter": _grouped,
+}
