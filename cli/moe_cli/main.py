@@ -93,6 +93,36 @@ def status(
 
 
 @app.command()
+def experts(
+    of: Annotated[
+        str, typer.Option("--of", help="demand, assigned (by expert), rank-demand or rank (by EP rank).")
+    ] = "demand",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write a picture instead: FILE.svg or FILE.png.")
+    ] = None,
+    replica: Annotated[str | None, typer.Option(help="Only this one.", show_default="all")] = None,
+    window: Annotated[
+        float | None, typer.Option(min=0.1, help="Count for so many seconds.", show_default="since the replica started")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="The board.", show_default="the local stack's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Load of every expert in every layer, asked from the replicas now: a heat map of what is hot."""
+    from moe_cli.experts import ExpertsOptions, run
+    from moe_cli.heat import Of
+    from moe_cli.launch import default_state_dir
+    from moe_core.clock import SystemClock
+
+    if of not in list(Of):
+        raise Refusal(Problem(field="--of", message=f"{of} is not known", remedy=f"one of {', '.join(Of)}"))
+    options = ExpertsOptions(
+        (state_dir or default_state_dir()).resolve(), url, replica, Of(of), window, as_json, output
+    )
+    _end(asyncio.run(run(options, Say(), SystemClock())))
+
+
+@app.command()
 def load(
     trace: Annotated[Path | None, typer.Option(help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens.")] = None,
     rps: Annotated[float | None, typer.Option(help="Mean requests a second, without a trace.")] = None,

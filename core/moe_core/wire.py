@@ -152,6 +152,35 @@ class ReplicaDigest(Model):
     layers: tuple[LayerDigest, ...] = ()
 
 
+class LayerLoad(Model):
+    """Slots of one MoE layer by expert and by EP rank: of `tokens` tokens, before and after capacity."""
+
+    layer: int
+    hooked: bool = Field(default=True, description="False: this layer's routing bypasses the plugin: nothing counted")
+    tokens: int = Field(default=0, ge=0)
+    demand: tuple[int, ...] = Field(default=(), description="slots that the router asked for, by expert")
+    assigned: tuple[int, ...] = Field(default=(), description="slots that the expert computed, by expert")
+    rank_demand: tuple[int, ...] = Field(default=(), description="the same by EP rank; one rank holds every expert")
+    rank_assigned: tuple[int, ...] = ()
+    dropped: int = Field(default=0, ge=0)
+    rerouted: int = Field(default=0, ge=0)
+    overflow_kept: int = Field(default=0, ge=0)
+
+
+class ExpertMatrix(Model):
+    """The full expert load of a replica since it started, on request: too much for Prometheus."""
+
+    replica: str
+    revision: str = "local"
+    model: str = ""
+    started_at_s: float = 0.0
+    at_s: float
+    ranks: int = Field(default=1, ge=1)
+    knobs_version: int = 0
+    knobs: ExpertKnobs = ExpertKnobs()
+    layers: tuple[LayerLoad, ...] = ()
+
+
 class TargetDigest(Model):
     """One upstream of a gateway over the last window. One that left the configuration stays until it is drained."""
 

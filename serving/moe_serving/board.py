@@ -47,7 +47,7 @@ class Board:
         self._host, self._port = host, port
         self._runner: web.AppRunner | None = None
         self._changed = asyncio.Event()
-        self._matrix_wanted = False
+        self._matrix_wishes = 0
         self._matrices: dict[str, dict[str, Any]] = {}
         self._metrics = registry(deployment, revision, lambda: self.state.digests(self._clock.monotonic()))
 
@@ -94,7 +94,7 @@ class Board:
         deadline = self._clock.monotonic() + timeout_s
         while True:
             newer = self.state.newer_than(version)
-            matrix = self._matrix_wanted and replica not in self._matrices
+            matrix = self._matrix_wishes > 0 and replica not in self._matrices
             known = self.state.known(replica)
             left = deadline - self._clock.monotonic()
             if newer is not None or matrix or not known or left <= 0:
@@ -155,16 +155,19 @@ class Board:
         return _json([digest.to_json() for digest in self.state.digests(self._clock.monotonic())])
 
     async def _get_experts(self, _: web.Request) -> web.Response:
-        """The full matrix, asked from the replicas now."""
-        self._matrices.clear()
-        self._matrix_wanted = True
+        """The full matrix, asked from the replicas now. Who asks while another waits gets the same answers."""
+        if not self._matrix_wishes:
+            self._matrices.clear()
+        self._matrix_wishes += 1
         self._wake()
-        expected = {digest.replica for digest in self.state.digests(self._clock.monotonic())}
-        deadline = self._clock.monotonic() + MATRIX_WAIT_S
-        while not expected <= self._matrices.keys() and self._clock.monotonic() < deadline:
-            await self._clock.sleep(0.02)
-        self._matrix_wanted = False
-        return _json(list(self._matrices.values()))
+        try:
+            expected = {digest.replica for digest in self.state.digests(self._clock.monotonic())}
+            deadline = self._clock.monotonic() + MATRIX_WAIT_S
+            while not expected <= self._matrices.keys() and self._clock.monotonic() < deadline:
+                await self._clock.sleep(0.02)
+            return _json([matrix for _, matrix in sorted(self._matrices.items())])
+        finally:
+            self._matrix_wishes -= 1
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from moe_core.clock import Clock, SystemClock
 from moe_core.wire import Ack, Knobs, ReplicaDigest
-from moe_serving.digest import Identity, Totals, build
+from moe_serving import digest as digests
+from moe_serving.digest import Identity, Totals
 
 CALL_TIMEOUT_S = 30.0
 
@@ -55,10 +56,12 @@ class AsyncLLMEngine:
 class Control:
     """Applies knobs whole or not at all, and builds digests."""
 
-    def __init__(self, engine: Engine, replica: str, revision: str, clock: Clock | None = None) -> None:
+    def __init__(
+        self, engine: Engine, replica: str, revision: str, clock: Clock | None = None, model: str = ""
+    ) -> None:
         self._engine = engine
         self._clock = clock or SystemClock()
-        self._who = Identity(replica, revision, self._clock.time())
+        self._who = Identity(replica, revision, self._clock.time(), model)
         self._totals = Totals()
         self._changing = asyncio.Lock()
         self.version = 0
@@ -135,25 +138,13 @@ class Control:
         """Counters since the replica started, and the window since the digest before."""
         ranks = await self._engine.ranks("moestack_read", True)
         scheduler = await self._engine.core("moestack_scheduler_state")
-        digest, self._totals = build(self._who, self._clock.time(), ranks, scheduler, self._totals)
+        digest, self._totals = digests.build(self._who, self._clock.time(), ranks, scheduler, self._totals)
         return digest
 
     async def matrix(self) -> dict[str, Any]:
-        """Slots of every layer and expert since the replica started: demand and assigned."""
+        """Slots of every layer and expert since the replica started: demand and assigned (an ExpertMatrix)."""
         ranks = await self._engine.ranks("moestack_read", False)
-        return {
-            "replica": self.replica,
-            "atS": self._clock.time(),
-            "layers": [
-                {
-                    "layer": layer["layer"],
-                    "tokens": layer["tokens"],
-                    "demand": layer["demand"],
-                    "assigned": layer["assigned"],
-                }
-                for layer in ranks[0]["layers"]
-            ],
-        }
+        return digests.matrix(self._who, self._clock.time(), ranks).to_json()
 
     def _ack(self, rank: int, version: int, error: str | None) -> Ack:
         return Ack(replica=self.replica, rank=rank, version=version, applied_at_s=self._clock.time(), error=error)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_core.wire import EngineDigest, ExpertKnobs, LayerDigest, ReplicaDigest
+from moe_core.wire import EngineDigest, ExpertKnobs, ExpertMatrix, LayerDigest, LayerLoad, ReplicaDigest
 
 HOTTEST = 3
 """Experts by name in each layer's digest: enough to see a hot spot, few enough for Prometheus."""
@@ -20,6 +20,7 @@ class Identity:
     replica: str
     revision: str
     started_at_s: float
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,39 @@ def build(
         layers=tuple(layers),
     )
     return digest, Totals(totals, before.seq + 1)
+
+
+def matrix(who: Identity, at_s: float, ranks: Sequence[Mapping[str, Any]]) -> ExpertMatrix:
+    """Every layer's load since the replica started, from answers of `moestack_read`."""
+    first = ranks[0]
+    layers = []
+    for position, layer in enumerate(first["layers"]):
+        owners = [rank["layers"][position]["mine"] for rank in ranks]
+        layers.append(
+            LayerLoad(
+                layer=int(layer["layer"]),
+                hooked=bool(layer["hooked"]),
+                tokens=int(layer["tokens"]),
+                demand=tuple(layer["demand"]),
+                assigned=tuple(layer["assigned"]),
+                rank_demand=tuple(_by_rank(layer["demand"], owners)),
+                rank_assigned=tuple(_by_rank(layer["assigned"], owners)),
+                dropped=int(layer["dropped"]),
+                rerouted=int(layer["rerouted"]),
+                overflow_kept=int(layer["overflow_kept"]),
+            )
+        )
+    return ExpertMatrix(
+        replica=who.replica,
+        revision=who.revision,
+        model=who.model,
+        started_at_s=who.started_at_s,
+        at_s=at_s,
+        ranks=len(ranks),
+        knobs_version=min(int(rank["version"]) for rank in ranks),
+        knobs=ExpertKnobs.model_validate_json(first["knobs"]),
+        layers=tuple(layers),
+    )
 
 
 def max_over_mean(load: Sequence[int]) -> float | None:

@@ -34,7 +34,12 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
             # A checkpoint that lies here needs no task on each node that looks for it.
             llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().__init__(llm_config)
-        self._control = Control(AsyncLLMEngine(self.engine._engine_client), _replica_name(), self._serving.revision)
+        self._control = Control(
+            AsyncLLMEngine(self.engine._engine_client),
+            _replica_name(),
+            self._serving.revision,
+            model=self._serving.model,
+        )
         layers = await self._control.start()
         log.info(
             "engine is up",

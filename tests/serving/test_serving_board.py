@@ -14,7 +14,7 @@ import pytest
 from moe_core.clock import SystemClock
 from moe_core.log import get_log
 from moe_core.signing import Signer, Verifier
-from moe_core.wire import EngineKnobs, ExpertKnobs, Knobs, Overflow
+from moe_core.wire import EngineKnobs, ExpertKnobs, ExpertMatrix, Knobs, Overflow
 from moe_serving import link as link_module
 from moe_serving.board import Board
 from moe_serving.control import Control
@@ -277,4 +277,12 @@ async def test_metrics_carry_load_and_imbalance(world: World) -> None:
 async def test_the_matrix_is_fetched_on_request(world: World) -> None:
     status, matrices = await world.get("/v1/experts")
     assert status == 200
-    assert matrices[0]["layers"][0]["demand"] == [6, 2, 1, 1]
+    found = ExpertMatrix.model_validate(matrices[0])
+    assert (found.replica, found.ranks, found.knobs_version) == ("replica-1", 2, 0)
+    assert (found.layers[0].demand, found.layers[0].assigned) == ((6, 2, 1, 1), (3, 3, 2, 2))
+    assert (found.layers[0].rank_demand, found.layers[0].rank_assigned) == ((8, 2), (6, 4))
+
+
+async def test_two_who_ask_for_the_matrix_at_once_are_both_answered(world: World) -> None:
+    answers = await asyncio.gather(*(world.get("/v1/experts") for _ in range(3)))
+    assert [len(matrices) for _, matrices in answers] == [1, 1, 1]
