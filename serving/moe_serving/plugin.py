@@ -35,14 +35,16 @@ def register() -> None:
     """Install the hooks of this process once."""
     if not enabled():
         return
+    import vllm
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    from moe_serving import engine_core
+    from moe_serving import engine_core, hooks
 
+    hooks.check(hooks.ENGINE + (hooks.ENGINE_CPU if current_platform.is_cpu() else ()), vllm.__version__)
     wrap_once(EngineArgs, "create_engine_config", _with_worker_extension)
     if current_platform.is_cpu():
         wrap_once(SpinCondition, "__init__", _spin_briefly)
@@ -62,6 +64,7 @@ def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Calla
     if getattr(original, _MARK, False):
         return
     wrapped = make(original)
+    wrapped.__wrapped__ = original  # type: ignore[attr-defined]  # so that its own signature can still be read
     setattr(wrapped, _MARK, True)
     setattr(owner, name, wrapped)
 

@@ -10,21 +10,25 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from moe_core.wire import ExpertKnobs
+from moe_serving import hooks
 from moe_serving.plugin import enabled, wrap_once
 from moe_serving.rank import DECODE, PREFILL, RANK, now
 
 
 def install() -> None:
-    """Hook routers, the model runner and, on a CPU, the experts."""
+    """Hook routers, the model runner and, on a CPU, the experts. Raises UnsupportedVllm before it hooks anything."""
+    hooks.check(hooks.WORKER + (hooks.WORKER_CPU if current_platform.is_cpu() else ()), vllm.__version__)
     wrap_once(BaseRouter, "__init__", _register_router)
     wrap_once(GPUModelRunner, "_prepare_inputs", _note_phases)
     wrap_once(GPUModelRunner, "execute_model", _time_step)
@@ -44,6 +48,7 @@ def _register_router(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self._moestack_layer = -1  # numbered at its first use, when every attribute of the subclass is set
+        hooks.check_parameters(type(self), "_compute_routing", hooks.ROUTE, vllm.__version__)
         wrap_once(type(self), "_compute_routing", _count_and_cap)
 
     return init
@@ -61,24 +66,70 @@ def _count_and_cap(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute_routing
 
 
-def number_layers(model: Any) -> None:
-    """Number the model's MoE layers and note which are bypassed by a kernel that routes by itself."""
-    for name, module in model.named_modules():
-        router = getattr(module, "router", None)
-        if not isinstance(router, BaseRouter) or router._moestack_layer >= 0:
+def number_layers(model: Any, bypassed: str = "") -> None:
+    """Number the model's MoE layers and note which are bypassed by a kernel that routes by itself.
+
+    `bypassed` says why all of them are, where the engine's steps are not seen.
+    """
+    for path, module in model.named_modules():
+        router, experts = getattr(module, "router", None), getattr(module, "routed_experts", None)
+        name = getattr(module, "layer_name", path)
+        if isinstance(router, BaseRouter):
+            if router._moestack_layer >= 0:
+                continue
+            router._moestack_layer = RANK.add_layer(router)
+            layer = RANK.layers[router._moestack_layer]
+        elif experts is not None and all(layer.name != name for layer in RANK.layers):
+            layer = RANK.layers[RANK.add_layer(_Unrouted(experts.moe_config))]
+            layer.bypassed = f"router class {type(router).__name__} computes no routing of its own"
+        else:
             continue
-        router._moestack_layer = RANK.add_layer(router)
-        layer = RANK.layers[router._moestack_layer]
-        number = re.search(r"\.(\d+)\.", getattr(module, "layer_name", name))
-        layer.name = getattr(module, "layer_name", name)
+        number = re.search(r"\.(\d+)\.", name)
+        layer.name = name
         layer.index = int(number.group(1)) if number else layer.index
-        experts = getattr(module, "routed_experts", None)
         if experts is not None and experts.quant_method.is_monolithic:
             layer.bypassed = f"monolithic kernel of {type(experts.quant_method).__name__}"
         if not current_platform.is_cpu():
             layer.bypassed = "no kernel of ours for this device yet"
+        elif experts is not None and not layer.bypassed and (unable := _keeps_dropped_slots(experts.quant_method)):
+            layer.routing, layer.why_unknown = None, unable
+        layer.bypassed = bypassed or layer.bypassed
         expert_map = getattr(experts, "expert_map", None)
         layer.owner = None if expert_map is None else (expert_map >= 0).cpu()
+
+
+class _Unrouted:
+    """Shape of a layer that has no router of vLLM's modular kind."""
+
+    def __init__(self, config: Any) -> None:
+        self.global_num_experts, self.top_k = int(config.num_experts), int(config.experts_per_token)
+
+
+def _keeps_dropped_slots(quant_method: Any) -> str:
+    """Why a layer's CPU kernel would not leave out a dropped slot (expert -1); empty where ours runs."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    kernel = getattr(getattr(quant_method, "moe_kernel", None), "fused_experts", quant_method)
+    if not isinstance(kernel, CPUUnquantizedExperts):
+        return f"kernel {type(kernel).__name__} takes no dropped slots"
+    return "zentorch's kernel takes no dropped slots" if kernel._use_zentorch else ""
+
+
+def number_missed(worker: Any) -> None:
+    """Name as bypassed what loading did not number: an engine whose model runner, or whose experts, are not hooked."""
+    runner = worker.model_runner
+    if not isinstance(runner, GPUModelRunner):
+        kind = f"{type(runner).__module__}.{type(runner).__qualname__}"
+        number_layers(
+            worker.get_model(), f"model runner {kind} is not hooked; VLLM_USE_V2_MODEL_RUNNER=0 selects one that is"
+        )
+    config = worker.model_config
+    if not RANK.layers and config.get_num_experts() > 0:
+        shape = SimpleNamespace(
+            num_experts=config.get_num_experts(), experts_per_token=config.get_num_experts_per_tok() or 1
+        )
+        layer = RANK.layers[RANK.add_layer(_Unrouted(shape))]
+        layer.bypassed = f"no layer of {type(worker.get_model()).__name__} passes vLLM's routers"
 
 
 def _note_phases(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,6 +164,7 @@ class WorkerExtension:
 
     def moestack_start(self: Any) -> list[dict[str, Any]]:
         """What this rank has: MoE layers, hooked or bypassed."""
+        number_missed(self)
         return [
             {
                 "layer": layer.index,
@@ -128,6 +180,7 @@ class WorkerExtension:
     def moestack_apply(self: Any, knobs: str, version: int) -> dict[str, Any]:
         """Put expert knobs (JSON) in force; answers with what is in force then, and an error where it was refused."""
         error = None
+        number_missed(self)
         try:
             RANK.apply(ExpertKnobs.model_validate_json(knobs), version)
         except ValueError as refused:
