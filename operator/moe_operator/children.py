@@ -12,7 +12,6 @@ from pydantic.alias_generators import to_camel
 
 from moe_api.annotations import DEPLOYMENT_LABEL, OPERATOR_MANAGER, REVISION_LABEL
 from moe_api.redact import redact
-from moe_core.moments import unix_s
 from moe_core.process_config import ROLLING_ARGUMENTS
 from moe_kube import objects as k
 from moe_kube.managed import content, digest, owned
@@ -52,9 +51,7 @@ class RayFacts:
     """The application runs and is reached."""
     deploying: bool = False
     """It is reached, and Serve is changing it: replicas of before may still answer."""
-    since: int | None = None
     message: str = ""
-    cluster: str = ""
     arguments: str = ""
     """Rolling arguments of its application as they are in force, as JSON; empty where they cannot be read."""
 
@@ -81,7 +78,6 @@ class ClusterFacts:
 class DeploymentFacts:
     """State of the gateway's Deployment."""
 
-    wanted: int = 0
     available: int = 0
     current: bool = False
     message: str = ""
@@ -92,7 +88,6 @@ class RecordFacts:
     """A pinned revision, packed: records are the largest thing that is kept."""
 
     packed: bytes = b""
-    number: int = 0
 
     def unpack(self) -> Any:
         return json.loads(zlib.decompress(self.packed)) if self.packed else {}
@@ -184,9 +179,7 @@ def _ray_service(obj: Obj) -> RayFacts:
     return RayFacts(
         ready=up,
         deploying=reached and all(app in ("RUNNING", "DEPLOYING") for app in apps),
-        since=unix_s(ready.get("lastTransitionTime")),
         message=_said(next((m for m in messages if m), "") or ("" if up else str(ready.get("message", "")))),
-        cluster=active.get("rayClusterName") or pending.get("rayClusterName") or "",
         arguments=_arguments((obj.get("spec") or {}).get("serveConfigV2")),
     )
 
@@ -216,7 +209,6 @@ def _deployment(obj: Obj) -> DeploymentFacts:
     status = obj.get("status") or {}
     stuck = _condition(obj, "Progressing")
     return DeploymentFacts(
-        wanted=int((obj.get("spec") or {}).get("replicas", 1)),
         available=int(status.get("availableReplicas", 0)),
         current=int(status.get("observedGeneration", 0)) >= int(obj["metadata"].get("generation", 0)),
         message=_said(str(stuck.get("message", ""))) if stuck.get("status") == "False" else "",
@@ -225,7 +217,7 @@ def _deployment(obj: Obj) -> DeploymentFacts:
 
 def _record(obj: Obj) -> RecordFacts:
     raw = json.dumps(obj.get("data") or {}, separators=(",", ":")).encode()
-    return RecordFacts(zlib.compress(raw, 6), int(obj.get("revision", 0)))
+    return RecordFacts(zlib.compress(raw, 6))
 
 
 def _endpoints(obj: Obj) -> EndpointFacts:

@@ -10,7 +10,7 @@ from moe_api.status import RevisionPhase as Phase
 from moe_core.moments import rfc3339
 from moe_core.process_config import unheeded, unsupported
 from moe_kube import objects as k
-from moe_operator.children import MESSAGE_MAX, ClusterFacts, DeploymentFacts
+from moe_operator.children import MESSAGE_MAX, DeploymentFacts
 from moe_operator.names import gateway_name
 from moe_operator.render import exposure, gateway
 from moe_operator.rollout import SLO_MIN_REQUESTS, SLO_SHARE, Rollout
@@ -122,16 +122,12 @@ def _cluster(snapshot: Snapshot, rollout: Rollout | None, trouble: Trouble) -> S
         if snapshot.resource.spec.suspend:
             return Said(kind, "False", "Suspended", "spec.suspend is true")
         return Said(kind, "False", trouble.blocked or "NoRevision", trouble.blocked_message or "no revision runs")
-    if snapshot.child(k.RAY_SERVICE, leader) is None and rollout is not None and rollout.waits_for:
+    if not snapshot.runs(leader) and rollout is not None and rollout.waits_for:
         return Said(kind, "False", "Creating", rollout.waits_for)
-    clusters = [
-        c.facts
-        for c in snapshot.of_kind(k.RAY_CLUSTER)
-        if isinstance(c.facts, ClusterFacts) and c.facts.service == leader and not c.deleting
-    ]
-    if not clusters:
+    cluster = snapshot.cluster(leader)
+    if cluster is None:
         return Said(kind, "False", "Creating", f"KubeRay has made no cluster for {leader} yet")
-    workers, wanted = clusters[0].workers, sum(group.min for group in clusters[0].groups)
+    workers, wanted = cluster.workers, sum(group.min for group in cluster.groups)
     if workers < wanted:
         return Said(
             kind,
@@ -173,7 +169,7 @@ def gateway_trouble(snapshot: Snapshot) -> tuple[str, str] | None:
     """(reason, message) why the gateway cannot be made or changed; what is there stays as it is."""
     if not snapshot.config.gateway_image:
         return "ImageMissing", "the operator was given no gateway image: set it in the chart"
-    problems = gateway.problems_of(snapshot.resource, snapshot.config)
+    problems = snapshot.gateway_problems
     return ("NotSupported", "; ".join(map(str, problems))) if problems else None
 
 

@@ -22,16 +22,15 @@ from moe_kube.objects import Ref
 from moe_operator import live
 from moe_operator.children import MESSAGE_MAX, NOT_OURS, Child, ClusterFacts
 from moe_operator.conditions import Trouble, judge, timed
-from moe_operator.names import Owner, board_name
+from moe_operator.names import board_name
 from moe_operator.record import Bounds, RevisionRecord
 from moe_operator.render import gateway, monitoring, revision
 from moe_operator.render.objects import RENDERER_VERSION, Rendered
 from moe_operator.revision import asked_for, name_of, pinned_for
-from moe_operator.rollout import Context, Rollout, advance
+from moe_operator.rollout import Context, Revision, Rollout, advance
 from moe_operator.snapshot import Snapshot
 from moe_planner import fit
 
-EXTERNAL = "external"
 _SIZES = ("tensor", "data", "expert", "pipeline")
 
 
@@ -87,7 +86,7 @@ def decide(snapshot: Snapshot) -> Plan:
     idle = target is None and not snapshot.resource.spec.suspend
     rollout = None if idle else advance(_context(snapshot, target))
     rolls = candidate.name if candidate is not None and not trouble.blocked else None
-    objects = _objects(snapshot, rollout, snapshot.records, rolls)
+    objects = _objects(snapshot, rollout, rolls)
     return Plan(
         snapshot=snapshot,
         rollout=rollout,
@@ -95,7 +94,7 @@ def decide(snapshot: Snapshot) -> Plan:
         removals=_removals(snapshot, rollout, objects),
         patches=_patches(snapshot, objects),
         weights=_weights(snapshot, rollout),
-        trouble=replace(trouble, lost=_lost(snapshot, rollout, snapshot.records)),
+        trouble=replace(trouble, lost=_lost(snapshot, rollout)),
         requeue_s=rollout.requeue_s if rollout is not None else None,
     )
 
@@ -150,26 +149,22 @@ def _in_force(snapshot: Snapshot, record: RevisionRecord) -> ServingConfig:
 
 def _running(snapshot: Snapshot) -> str | None:
     """The revision that goes on while a new one cannot be made: one that runs, or can be made again."""
-    remembered = [r for r in snapshot.remembered() if _runs(snapshot, r.name) or r.name in snapshot.records]
+    remembered = [r for r in snapshot.remembered() if snapshot.runs(r.name) or r.name in snapshot.records]
     best = max(
         remembered,
-        key=lambda r: (r.phase != Phase.FAILED, r.weight, _runs(snapshot, r.name), r.served, r.name),
+        key=lambda r: (r.phase != Phase.FAILED, r.weight, snapshot.runs(r.name), r.served, r.name),
         default=None,
     )
     return best.name if best is not None else None
 
 
-def _runs(snapshot: Snapshot, name: str) -> bool:
-    return snapshot.child(k.RAY_SERVICE, name) is not None
-
-
-def _lost(snapshot: Snapshot, rollout: Rollout | None, records: Mapping[str, RevisionRecord]) -> str:
+def _lost(snapshot: Snapshot, rollout: Rollout | None) -> str:
     """What cannot be kept right, because nobody knows any more what it was born with."""
     wanted = sorted(rollout.wanted) if rollout is not None else []
-    names = [name for name in wanted if name not in records]
+    names = [name for name in wanted if name not in snapshot.records]
     if not names:
         return ""
-    runs = [name for name in names if _runs(snapshot, name)]
+    runs = [name for name in names if snapshot.runs(name)]
     what = "it goes on as it is, and no change reaches it" if runs else "it cannot be made again"
     cure = "change a field of class revision, such as spec.engine.image, to make a new one"
     return f"the ControllerRevision {', '.join(names)} is gone or unreadable: {what}; {cure}"
@@ -207,12 +202,10 @@ def bounds_of(resource: MoEDeployment, status: MoEDeploymentStatus) -> Bounds:
     return Bounds(min=least, max=most)
 
 
-def _objects(
-    snapshot: Snapshot, rollout: Rollout | None, records: Mapping[str, RevisionRecord], rolls: str | None
-) -> tuple[Rendered, ...]:
+def _objects(snapshot: Snapshot, rollout: Rollout | None, rolls: str | None) -> tuple[Rendered, ...]:
     """`rolls`: the revision that fields of class rolling reach. One on its way out must not take up what the next one
     is to prove, nor one what does not fit it."""
-    resource, owner = snapshot.resource, snapshot.owner
+    resource, owner, records = snapshot.resource, snapshot.owner, snapshot.records
     shown = () if rollout is None else tuple(r.name for r in rollout.revisions if _shown(snapshot, rollout, r.name))
     made = list(_gateway(snapshot, rollout, shown))
     if rollout is not None:
@@ -231,11 +224,11 @@ def _objects(
 
 def _shown(snapshot: Snapshot, rollout: Rollout, name: str) -> bool:
     """Revisions that gateways know: those that run or are to run."""
-    return name in rollout.wanted or snapshot.child(k.RAY_SERVICE, name) is not None
+    return name in rollout.wanted or snapshot.runs(name)
 
 
 def _gateway(snapshot: Snapshot, rollout: Rollout | None, shown: tuple[str, ...]) -> tuple[Rendered, ...]:
-    if gateway.problems_of(snapshot.resource, snapshot.config):
+    if snapshot.gateway_problems:
         return ()  # what there is stays as it is: `_removals`
     weights = {} if rollout is None else {name: rollout.weights.get(name, 0) for name in shown}
     version = snapshot.status.weights_version if rollout is None else rollout.weights_version
@@ -254,8 +247,8 @@ def _external(snapshot: Snapshot) -> Plan:
     """An engine of somebody else: a gateway in front of it, and nothing else; revisions of before are drained."""
     rollout = advance(_context(snapshot, None)) if snapshot.remembered() else None
     version = max(snapshot.status.weights_version, 1) if rollout is None else rollout.weights_version
-    rollout = rollout or Rollout((), frozenset(), version, in_motion=False)
-    objects = _objects(snapshot, rollout, snapshot.records, None)
+    rollout = rollout or Rollout((), frozenset(), version)
+    objects = _objects(snapshot, rollout, None)
     return Plan(
         snapshot=snapshot,
         rollout=rollout,
@@ -281,7 +274,7 @@ def _removals(snapshot: Snapshot, rollout: Rollout | None, objects: tuple[Render
         for kind, own in ((k.RAY_SERVICE, name), (k.CONTROLLER_REVISION, name), (k.SERVICE, board_name(name)))
     }
     # A gateway that cannot be made as asked goes on as it was: a mistake in the spec is no reason for an outage.
-    stays = gateway.names(snapshot.owner) if gateway.problems_of(snapshot.resource, snapshot.config) else frozenset()
+    stays = gateway.names(snapshot.owner) if snapshot.gateway_problems else frozenset()
     surplus = [
         child
         for ref, child in snapshot.children.items()
@@ -333,7 +326,7 @@ def _weights(snapshot: Snapshot, rollout: Rollout | None) -> Weights | None:
 def _status(snapshot: Snapshot, rollout: Rollout | None, trouble: Trouble) -> MoEDeploymentStatus:
     resource, before = snapshot.resource, snapshot.status
     bounds = bounds_of(resource, before)
-    revisions = () if rollout is None else tuple(_revision(snapshot, r.name, rollout) for r in rollout.revisions)
+    revisions = () if rollout is None else tuple(_revision(snapshot, r, rollout) for r in rollout.revisions)
     return bounded(
         MoEDeploymentStatus(
             observed_generation=snapshot.generation,
@@ -348,11 +341,10 @@ def _status(snapshot: Snapshot, rollout: Rollout | None, trouble: Trouble) -> Mo
     )
 
 
-def _revision(snapshot: Snapshot, name: str, rollout: Rollout) -> RevisionStatus:
-    own = next(r for r in rollout.revisions if r.name == name)
+def _revision(snapshot: Snapshot, own: Revision, rollout: Rollout) -> RevisionStatus:
+    name = own.name
     record = snapshot.records.get(name)
     before = next((r for r in snapshot.status.revisions if r.name == name), None)
-    exists = snapshot.child(k.RAY_SERVICE, name) is not None
     return RevisionStatus.model_validate(
         {
             "name": name,
@@ -370,7 +362,10 @@ def _revision(snapshot: Snapshot, name: str, rollout: Rollout) -> RevisionStatus
             "failedFor": own.failed_for,
             "served": own.served or None,
             "sloPercent": own.slo_percent,
-            "message": (own.message or (snapshot.facts(name).message if exists else "") or "")[:MESSAGE_MAX] or None,
+            "message": (own.message or (snapshot.facts(name).message if snapshot.runs(name) else "") or "")[
+                :MESSAGE_MAX
+            ]
+            or None,
         }
     )
 
@@ -381,10 +376,8 @@ def _ready_replicas(snapshot: Snapshot, name: str) -> int:
         return 0
     record = snapshot.records.get(name)
     pods = record.nodes_per_replica if record is not None else 1
-    for child in snapshot.of_kind(k.RAY_CLUSTER):
-        if isinstance(child.facts, ClusterFacts) and child.facts.service == name and not child.deleting:
-            return child.facts.workers // pods
-    return 0
+    cluster = snapshot.cluster(name)
+    return cluster.workers // pods if cluster is not None else 0
 
 
 def _plan(snapshot: Snapshot, rollout: Rollout | None) -> PlanStatus | None:
@@ -394,20 +387,3 @@ def _plan(snapshot: Snapshot, rollout: Rollout | None) -> PlanStatus | None:
     leader = max(rollout.revisions, key=lambda r: (r.weight, r.name in rollout.wanted))
     record = snapshot.records.get(leader.name)
     return PlanStatus.model_validate(record.plan) if record is not None else snapshot.status.plan
-
-
-def describe(owner: Owner, plan: Plan) -> list[str]:
-    """The plan in words, for people: what would be made, changed and removed."""
-    children = plan.snapshot.children
-    lines = []
-    for rendered in plan.objects:
-        child = children.get(rendered.ref)
-        if child is None:
-            lines.append(f"create {rendered.ref}")
-        elif child.digest != rendered.digest:
-            lines.append(f"change {rendered.ref}")
-    lines += [f"scale {patch.ref}" for patch in plan.patches]
-    lines += [f"delete {child.ref}" for child in plan.removals]
-    if plan.weights is not None:
-        lines.append(f"weights of {owner.key}: {dict(plan.weights.percent)}")
-    return lines

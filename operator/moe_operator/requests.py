@@ -113,7 +113,6 @@ class Tell:
 
 
 Request = Look | Get | Apply | Remove | Patch | WriteStatus | AskGateways | SendWeights | Tell
-WRITES = (Apply, Remove, Patch, WriteStatus)
 
 
 @dataclass(frozen=True, slots=True)

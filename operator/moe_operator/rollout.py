@@ -107,8 +107,6 @@ class Rollout:
     wanted: frozenset[str]
     """Revisions whose RayService should exist; every other one goes."""
     weights_version: int
-    in_motion: bool
-    """Traffic is moving or draining, or a revision is coming up."""
     rolled_back: str = ""
     """Why the revision that the spec asks for does not serve, where it has failed."""
     waits_for: str = ""
@@ -507,7 +505,6 @@ class _Turn:
             revisions=revisions,
             wanted=frozenset(self.wanted),
             weights_version=version,
-            in_motion=polls or any(r.phase not in (Phase.SERVING, Phase.FAILED) for r in revisions),
             rolled_back=self.rolled_back,
             waits_for=self.waits_for,
             late=self.late,

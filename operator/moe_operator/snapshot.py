@@ -6,7 +6,7 @@ import copy
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import orjson
@@ -19,12 +19,14 @@ from moe_api.resource import MoEDeployment
 from moe_api.status import MoEDeploymentStatus
 from moe_core.config import OperatorConfig
 from moe_core.moments import unix_s
+from moe_core.process_config import Problem
 from moe_kube import objects as k
 from moe_kube.managed import owned
 from moe_kube.objects import Kind, Obj, Ref
-from moe_operator.children import Child, EndpointFacts, RayFacts, RecordFacts
+from moe_operator.children import Child, ClusterFacts, EndpointFacts, RayFacts, RecordFacts
 from moe_operator.names import GATEWAY_ADMIN_PORT, Owner, gateway_admin_name
 from moe_operator.record import RevisionRecord
+from moe_operator.render import gateway
 from moe_operator.requests import Gateways, Observed
 from moe_operator.revision import unpacked
 from moe_operator.rollout import Revision, Sight
@@ -64,7 +66,28 @@ class Snapshot:
         return self.children.get(Ref(kind, self.owner.namespace, name))
 
     def of_kind(self, kind: Kind) -> tuple[Child, ...]:
-        return tuple(child for ref, child in sorted(self.children.items()) if ref.kind == kind)
+        """Children of a kind, by name."""
+        return tuple(sorted((c for c in self.children.values() if c.ref.kind == kind), key=lambda c: c.ref.name))
+
+    def runs(self, name: str) -> bool:
+        """Whether a revision's RayService exists."""
+        return self.child(k.RAY_SERVICE, name) is not None
+
+    def cluster(self, name: str) -> ClusterFacts | None:
+        """State of the live RayCluster of a revision."""
+        return next(
+            (
+                child.facts
+                for child in self.of_kind(k.RAY_CLUSTER)
+                if isinstance(child.facts, ClusterFacts) and child.facts.service == name and not child.deleting
+            ),
+            None,
+        )
+
+    @cached_property
+    def gateway_problems(self) -> tuple[Problem, ...]:
+        """Why there can be no gateway as it is asked for."""
+        return gateway.problems_of(self.resource, self.config)
 
     def facts(self, name: str) -> RayFacts:
         """State of a revision's RayService; nothing where there is none."""

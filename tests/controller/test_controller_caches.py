@@ -95,7 +95,8 @@ async def test_a_change_of_a_child_wakes_its_key_and_a_heartbeat_wakes_nobody() 
         assert await bench.woken_by() == [KEY]
         bench.cluster.set_status(ref, {"lastUpdateTime": "2026-01-01T00:00:00Z"}, user="kuberay")
         assert await bench.woken_by() == []
-        bench.cluster.set_status(ref, {"activeServiceStatus": {"rayClusterName": "moe-1-abcde"}}, user="kuberay")
+        not_ready = {"type": "Ready", "status": "False", "message": "no endpoint yet"}
+        bench.cluster.set_status(ref, {"conditions": [not_ready]}, user="kuberay")
         assert await bench.woken_by() == [KEY]
         bench.cluster.delete(ref)
         assert await bench.woken_by() == [KEY]
