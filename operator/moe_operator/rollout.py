@@ -140,9 +140,9 @@ class _Turn:
     def run(self) -> Rollout:
         c = self.c
         if c.target is None:
-            for revision in list(self.revisions.values()):
-                self._drain(revision.name)
-                self._forget_when_gone(revision.name)
+            for name in list(self.revisions):
+                self._drain(name)
+                self._forget_when_gone(name)
         else:
             self._toward(c.target)
         return self._answer()
@@ -224,7 +224,6 @@ class _Turn:
                 del self.revisions[name]  # nothing that anybody would return to
         gone = [name for name in gone if name in self.revisions]
         if any(self.c.sight(name).exists for name in self.revisions if name != target):
-            self._drain_failed(target)
             self._wait(target, "waits until the revision before is gone")
             return
         started = self._start(target)
@@ -336,7 +335,7 @@ class _Turn:
         self.rolled_back = own.message or f"{target} failed"
         candidates = [r for r in self.revisions.values() if r.name != target and r.phase != Phase.FAILED]
         home = self._home(target) or (max(candidates, key=lambda r: (r.served, r.name)).name if candidates else None)
-        self._drain_failed(target)
+        self._drain(target)
         if home is None:
             return
         self._drain_others({target, home})
@@ -431,10 +430,7 @@ class _Turn:
         for name in list(self.revisions):
             if name in kept:
                 continue
-            if self.revisions[name].phase == Phase.FAILED:
-                self._drain_failed(name)
-            else:
-                self._drain(name)
+            self._drain(name)
             if self._settled(kept):
                 self._forget_when_gone(name)
 
@@ -443,15 +439,10 @@ class _Turn:
         return any(self.revisions[name].phase == Phase.SERVING for name in kept if name in self.revisions)
 
     def _drain(self, name: str) -> None:
-        own, sight = self.revisions[name], self.c.sight(name)
-        deadline = own.drain_deadline if own.drain_deadline is not None else self.c.now + self.c.drain_s
-        own = self._set(name, phase=Phase.DRAINING, weight=0, step_started_at=None, drain_deadline=deadline)
-        self._hold_until_drained(own, sight)
-
-    def _drain_failed(self, name: str) -> None:
+        """It gets no new request, and goes when those it has have ended. One that failed stays Failed."""
         own, sight = self.revisions[name], self.c.sight(name)
         if own.phase != Phase.FAILED:
-            return
+            own = self._set(name, phase=Phase.DRAINING, step_started_at=None)
         deadline = own.drain_deadline if own.drain_deadline is not None else self.c.now + self.c.drain_s
         self._hold_until_drained(self._set(name, weight=0, drain_deadline=deadline), sight)
 
