@@ -1,6 +1,11 @@
-"""Expert capacity on tensors: the rules of `moe_core.capacity`, vectorised.
+"""Expert capacity on tensors: the rules of `moe_core.capacity` in fixed shapes, for CPU and GPU alike.
 
-On a CPU the shapes may follow the data, so rounds work on the tokens that are still short and end when none is.
+Nothing here waits for the device or takes a shape from data, so the same code runs eagerly, traced whole and inside a
+captured graph; overflow and capacity factors are read from tensors. Both phases go in one pass: expert e of phase p
+is *seat* (p - 1)·E + e, and a token that proposes to nobody proposes to the last seat, which has no room.
+
+`early_out` is for tensors in the CPU's own memory and an eager call, where a look at them costs nothing: rounds in
+which nobody is short are left out then, with the same result.
 """
 
 from __future__ import annotations
@@ -12,6 +17,18 @@ from torch import Tensor
 
 from moe_core.capacity import EXTRA_ROUNDS, GAMMA_SCALE
 from moe_core.wire import Overflow
+
+PADDING, PREFILL, DECODE = 0, 1, 2
+"""Phase of a token. Padding is routed by nobody's leave and never counted."""
+PHASES = 2
+MODES = {Overflow.UNLIMITED: 0, Overflow.REROUTE: 1, Overflow.DROP: 2, Overflow.EXPERT_CHOICE: 3}
+"""Overflow as the number that a tensor holds."""
+
+_EXPERTS = 1 << 16  # more than any model has
+_CHOSEN = 1 << 56  # above any score: the router's own choices lead its ranking also where scores tie
+_SCORES = 1 << 48  # no score reaches it
+_CLOSED = -(1 << 62)  # below any score
+_AFTER_ALL = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -28,156 +45,242 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What is in force: `overflow` [] int64 of MODES, `gamma_micro` [2] int64, γ in millionths by phase, 0 uncapped."""
+
+    overflow: Tensor
+    gamma_micro: Tensor
+
+
+@dataclass(frozen=True)
 class Capped:
     """Experts of each token, [T, K] int64 in ranking order, -1 where a slot was dropped; and what capacity did.
 
-    `changed` [T] tells tokens whose set differs from the router's own. `lost_gate_mass` is a [T] tensor.
+    `changed` [T] tells tokens whose set differs from the router's own. `capacity` [2] is C by phase (0: uncapped),
+    `lost_gate_mass` is [T] float32, the rest are int64 scalars. Tokens of an uncapped phase keep their choices.
     """
 
     experts: Tensor
     changed: Tensor
-    capacity: int
-    dropped: int
-    rerouted: int
-    overflow_kept: int
+    capacity: Tensor
+    dropped: Tensor
+    rerouted: Tensor
+    overflow_kept: Tensor
     lost_gate_mass: Tensor
 
 
-def slots_per_expert(gamma_micro: int, total_k: int, experts: int) -> int:
-    """C = ceil(gamma * total_k / experts) for gamma in millionths."""
-    return -(-gamma_micro * total_k // (experts * GAMMA_SCALE))
+def preference(score: Tensor, expert: Tensor) -> Tensor:
+    """int64 that orders experts: by falling float32 `score`, ties by index `expert`; NaN counts as minus infinity.
 
-
-def assign(scores: Scores, chosen: Tensor, k: Tensor, overflow: Overflow, gamma_micro: int) -> Capped:
-    """Assign experts of one phase's tokens under capacity.
-
-    `chosen` [T, K] are the router's own choices (the first k[t] count, -1 marks an absent one); `k` is [T].
+    The bits of a float order as an integer does, once those of negative ones are turned; 0 and -0 are made alike.
     """
-    tokens = chosen.shape[0]
+    clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)
+    bits = clean.view(torch.int32)
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    return ordered.to(torch.int64).mul_(_EXPERTS).add_(_EXPERTS - 1 - expert)
+
+
+def slots_per_expert(gamma_micro: Tensor, total_k: Tensor, experts: int) -> Tensor:
+    """C = ceil(gamma * total_k / experts) for gamma in millionths; exact in int64."""
+    return -torch.div(-gamma_micro * total_k, experts * GAMMA_SCALE, rounding_mode="floor")
+
+
+def assign(scores: Scores, chosen: Tensor, k: Tensor, phase: Tensor, limits: Limits, early_out: bool = False) -> Capped:
+    """Assign experts under capacity.
+
+    `chosen` [T, K] int64 are the router's own choices in any order (k[t] of them, -1 marks an absent one); `k` and
+    `phase` are [T] int64.
+    """
     experts = scores.selection.shape[1]
-    limit = slots_per_expert(gamma_micro, int(k.sum()), experts)
-    demand = torch.bincount(chosen[chosen >= 0].flatten(), minlength=experts)
-    if overflow is not Overflow.EXPERT_CHOICE and int(demand.max()) <= limit:
-        # Rounds down the ranking admit every original choice then. Experts that choose do not.
-        nothing = torch.zeros(tokens, dtype=torch.bool)
-        return Capped(chosen, nothing, limit, 0, 0, 0, torch.zeros(tokens))
+    segment = (phase - 1).clamp(min=0)
+    member = (phase > PADDING) & (limits.gamma_micro[segment] > 0) & (limits.overflow != MODES[Overflow.UNLIMITED])
+    k = torch.where(member, k, 0)
+    total_k = torch.zeros(PHASES, dtype=torch.int64, device=k.device).scatter_add(0, segment, k)
+    limit = slots_per_expert(limits.gamma_micro, total_k, experts)
+    if early_out and not _may_bind(chosen, segment, member, limits, limit, experts):
+        nothing = torch.zeros((), dtype=torch.int64)
+        no_token = torch.zeros(chosen.shape[0])
+        return Capped(chosen, no_token > 0, limit, nothing, nothing, nothing, no_token)
 
-    selection = torch.nan_to_num(scores.selection.float(), nan=-torch.inf)
-    if scores.allowed is not None:
-        selection = selection.masked_fill(~scores.allowed, -torch.inf)
-    depth = min(experts, int(k.max()) + EXTRA_ROUNDS)
-    ranking = torch.sort(selection, dim=1, descending=True, stable=True).indices
-    open_count = torch.full((tokens,), experts) if scores.allowed is None else scores.allowed.sum(dim=1)
+    state = _State(scores, chosen, k, segment, member, limit, early_out)
+    most = torch.zeros_like(total_k).scatter_reduce(0, segment, k, "amax")[segment]
+    state.rounds(chosen.shape[1], torch.minimum(state.open_count, most), k.clamp(max=1))
+    overflow_kept = _place_left_over(state, scores.groups)
+    down_the_ranking = torch.where(
+        limits.overflow == MODES[Overflow.REROUTE], torch.minimum(state.open_count, most + EXTRA_ROUNDS), 0
+    )
+    original_only = torch.where(limits.overflow == MODES[Overflow.DROP], torch.minimum(state.open_count, k), 0)
+    state.rounds(state.ranking.shape[0], down_the_ranking + original_only, k)
+    slots = state.slots
+    by_choice = limits.overflow == MODES[Overflow.EXPERT_CHOICE]
+    if not early_out or bool(by_choice):
+        slots = torch.cat((slots, _expert_choice(state, by_choice)), dim=1)
+    return _result(state, scores, slots, chosen, limit, overflow_kept)
 
-    state = _State(selection, torch.full((experts,), limit), torch.zeros(tokens, experts, dtype=torch.bool), k)
-    most = int(k.max())
-    state.rounds(ranking[:, :most], open_count, torch.ones_like(k))
-    overflow_kept = _place_left_over(state, scores, ranking)
-    if overflow is Overflow.DROP:
-        state.rounds(ranking[:, :most], torch.minimum(open_count, k), k)
-    elif overflow is Overflow.REROUTE:
-        state.rounds(ranking[:, :depth], open_count, k)
-    else:
-        _expert_choice(state, scores, ranking)
-    return _result(state, scores, ranking, chosen, limit, overflow_kept)
+
+def _may_bind(chosen: Tensor, segment: Tensor, member: Tensor, limits: Limits, limit: Tensor, experts: int) -> bool:
+    """Rounds down the ranking admit every original choice where demand is below C. Experts that choose may not."""
+    if not bool(member.any()):
+        return False
+    if bool(limits.overflow == MODES[Overflow.EXPERT_CHOICE]):
+        return True
+    demand = seat_counts(chosen, segment, member, experts)
+    return bool((demand > limit.unsqueeze(1)).any())
+
+
+def seat_counts(chosen: Tensor, segment: Tensor, counted: Tensor, experts: int) -> Tensor:
+    """Slots by phase and expert, [2, E] int64, of the choices [T, K] of tokens that are `counted` [T]."""
+    nobody = PHASES * experts
+    seat = torch.where((chosen >= 0) & counted.unsqueeze(1), segment.unsqueeze(1) * experts + chosen, nobody).flatten()
+    counts = torch.zeros(nobody + 1, dtype=torch.int64, device=chosen.device)
+    return counts.scatter_add(0, seat, torch.ones_like(seat))[:nobody].view(PHASES, experts)
 
 
 class _State:
-    """Slots given so far: `held` [T, E], free slots `room` [E]. Changed in place by rounds."""
+    """Slots given so far: experts of each token in `slots` [T, K], their number in `count` [T], free ones in `room`.
 
-    def __init__(self, selection: Tensor, room: Tensor, held: Tensor, k: Tensor) -> None:
-        self.selection = selection
-        self.room = room
-        self.held = held
-        self.count = torch.zeros_like(k)
-        self.k = k
+    `preference` [T, E] orders a token's experts, the router's choices first; `ranking` and `score` are [D, T], the D
+    best. `open` [T, E] are the experts that a token may have, None for all.
+    """
 
-    def rounds(self, choices: Tensor, choice_count: Tensor, wanted: Tensor) -> None:
-        """In round r every token short of `wanted` proposes to its r-th choice, unless it holds that one."""
-        for r in range(choices.shape[1]):
-            short = torch.nonzero((self.count < wanted) & (r < choice_count)).squeeze(1)
-            if short.numel() == 0:
-                # Later rounds propose too, but only to tokens that are short now.
-                if not bool((self.count < wanted).any()):
-                    return
-                continue
-            expert = choices[short, r]
-            free = ~self.held[short, expert]
-            self.admit(short[free], expert[free])
-
-    def admit(self, token: Tensor, expert: Tensor) -> None:
-        """Experts take proposals by falling score, ties by position, while they have room."""
-        if token.numel() == 0:
-            return
-        by_score = torch.sort(self.selection[token, expert], descending=True, stable=True).indices
-        order = by_score[torch.sort(expert[by_score], stable=True).indices]
-        sorted_expert = expert[order]
-        counts = torch.bincount(sorted_expert, minlength=self.room.numel())
-        place = torch.arange(order.numel()) - (counts.cumsum(0) - counts)[sorted_expert]
-        won = order[place < self.room[sorted_expert]]
-        self.give(token[won], expert[won])
-
-    def give(self, token: Tensor, expert: Tensor) -> None:
-        self.held[token, expert] = True
-        self.count += torch.bincount(token, minlength=self.count.numel())
-        self.room -= torch.bincount(expert, minlength=self.room.numel())
-
-
-def _place_left_over(state: _State, scores: Scores, ranking: Tensor) -> int:
-    if not bool((state.count == 0).any()):
-        return 0
-    size = state.room.numel() // scores.groups
-    for group in range(scores.groups):
-        first = group * size
-        waiting = state.count == 0
+    def __init__(
+        self, scores: Scores, chosen: Tensor, k: Tensor, segment: Tensor, member: Tensor, limit: Tensor, early_out: bool
+    ) -> None:
+        tokens, width = chosen.shape
+        self.experts = scores.selection.shape[1]
+        self.k, self.segment, self.member, self.early_out = k, segment, member, early_out
+        index = torch.arange(self.experts, device=chosen.device)
+        self.preference = preference(scores.selection, index)
+        self.preference.scatter_add_(1, chosen.clamp(min=0), (chosen >= 0) * _CHOSEN)
+        self.open, self.open_count = None, torch.full_like(k, self.experts)
         if scores.allowed is not None:
-            waiting = waiting & scores.allowed[:, first]
-        tokens = torch.nonzero(waiting).squeeze(1)
-        room = state.room[first : first + size]
-        free = torch.repeat_interleave(torch.arange(first, first + size), room.clamp(min=0))
-        placed = min(tokens.numel(), free.numel())
-        state.give(tokens[:placed], free[:placed])
-    stranded = torch.nonzero(state.count == 0).squeeze(1)
-    state.give(stranded, ranking[stranded, 0])
-    return int(stranded.numel())
+            self.open = _open(scores.allowed, scores.groups, self.preference > _SCORES)
+            self.open_count = self.open.sum(1)
+            self.preference.masked_fill_(~self.open, _CLOSED)
+        best = torch.topk(self.preference, min(self.experts, width + EXTRA_ROUNDS), dim=1)
+        self.ranking = best.indices.t().contiguous()
+        self.score = _score(best.values).t().contiguous()
+        nobody = torch.zeros(1, dtype=torch.int64, device=chosen.device)
+        self.room = torch.cat((limit.repeat_interleave(self.experts, output_size=PHASES * self.experts), nobody))
+        self.slots = torch.full_like(chosen, -1)
+        self.count = torch.zeros_like(k)
+        self.column = torch.arange(width, device=chosen.device)
+        self.position = torch.arange(tokens, device=chosen.device)
+
+    def rounds(self, most: int, reach: Tensor, wanted: Tensor) -> None:
+        """In round r < reach[t] a token short of `wanted` proposes to its r-th expert, unless it holds that one."""
+        if self.early_out:
+            most = min(most, int(reach.max()))
+        for r in range(min(most, self.ranking.shape[0])):
+            short = self.count < wanted
+            if self.early_out and not bool(short.any()):
+                return
+            expert = self.ranking[r]
+            holds = (self.slots == expert.unsqueeze(1)).any(1)
+            self._admit(expert, self.score[r], short & (r < reach) & ~holds)
+
+    def _admit(self, expert: Tensor, score: Tensor, proposes: Tensor) -> None:
+        """Experts take proposals by falling score, ties by position, while they have room."""
+        nobody = PHASES * self.experts
+        seat = torch.where(proposes, self.segment * self.experts + expert, nobody)
+        order = torch.sort(seat * (1 << 33) - score, stable=True).indices
+        in_order = seat[order]
+        counts = torch.zeros_like(self.room).scatter_add(0, seat, torch.ones_like(seat))
+        place = self.position - (counts.cumsum(0) - counts)[in_order]
+        won = torch.zeros_like(proposes).scatter(0, order, place < self.room[in_order])
+        self.give(expert, won)
+
+    def give(self, expert: Tensor, won: Tensor) -> None:
+        """Tokens that `won` [T] hold `expert` [T] from now on."""
+        seat = torch.where(won, self.segment * self.experts + expert, PHASES * self.experts)
+        self.room = self.room.scatter_add(0, seat, -won.to(torch.int64))
+        written = won.unsqueeze(1) & (self.column == self.count.unsqueeze(1))
+        self.slots = torch.where(written, expert.unsqueeze(1), self.slots)
+        self.count = self.count + won
 
 
-def _expert_choice(state: _State, scores: Scores, ranking: Tensor) -> None:
-    taker = (state.count < state.k).unsqueeze(1) & ~state.held
-    if scores.allowed is not None:
-        taker &= scores.allowed
-    # Two stable sorts put takers first, each by falling score, ties by position.
-    by_score = torch.sort(state.selection, dim=0, descending=True, stable=True).indices
-    takers_first = torch.sort((~taker).gather(0, by_score).to(torch.uint8), dim=0, stable=True).indices
-    order = by_score.gather(0, takers_first)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]).unsqueeze(1).expand_as(order))
-    offered = (taker & (place < state.room.unsqueeze(0))).gather(1, ranking)
-    keep = offered & (offered.cumsum(1) <= (state.k - state.count).unsqueeze(1))
-    token, column = torch.nonzero(keep, as_tuple=True)
-    state.give(token, ranking[token, column])
+def _mask(chosen: Tensor, experts: int) -> Tensor:
+    """[T, E] bool of the experts named in [T, K]; -1 names none."""
+    named = torch.zeros(chosen.shape[0], experts + 1, dtype=torch.bool, device=chosen.device)
+    return named.scatter(1, torch.where(chosen >= 0, chosen, experts), True)[:, :experts]
 
 
-def _result(state: _State, scores: Scores, ranking: Tensor, chosen: Tensor, limit: int, overflow_kept: int) -> Capped:
-    width = chosen.shape[1]
-    held_ranked = state.held.gather(1, ranking)
-    # Positions of held experts in ranking order, the rest after them.
-    first = torch.sort((~held_ranked).to(torch.uint8), dim=1, stable=True).indices[:, :width]
-    experts = torch.where(held_ranked.gather(1, first), ranking.gather(1, first), -1)
+def _open(allowed: Tensor, groups: int, chose: Tensor) -> Tensor:
+    # Where groups tie, the router may have picked others than we did: then its own are the ones that are open.
+    by_group = chose.view(chose.shape[0], groups, -1)
+    its_own = by_group.any(2, keepdim=True).expand_as(by_group).reshape(chose.shape)
+    return torch.where((chose & ~allowed).any(1, keepdim=True), its_own, allowed)
 
-    original = torch.zeros_like(state.held)
-    token, column = torch.nonzero(chosen >= 0, as_tuple=True)
-    original[token, chosen[token, column].long()] = True
-    moved = state.held & ~original
-    gate = scores.gate.float()
-    whole = (gate * original).sum(1)
-    kept = (gate * state.held).sum(1)
-    lost = torch.where(torch.isfinite(whole) & (whole > 0), (1.0 - kept / whole).clamp(min=0.0), 0.0)
+
+def _score(preference: Tensor) -> Tensor:
+    """The part of a preference that is the score: what experts go by."""
+    return torch.where(preference > _SCORES, preference - _CHOSEN, preference) >> 16
+
+
+def _place_left_over(state: _State, groups: int) -> Tensor:
+    """Tokens without a slot take what is free, in batch order; returns how many found nothing and were kept above C."""
+    if state.early_out and not bool((state.member & (state.count == 0)).any()):
+        return torch.zeros((), dtype=torch.int64)
+    size = state.experts // groups
+    phases = torch.arange(PHASES, device=state.segment.device).unsqueeze(1)
+    for first in range(0, state.experts, size):
+        waiting = state.member & (state.count == 0) & (state.segment == phases)
+        if state.open is not None:
+            waiting &= state.open[:, first]
+        place = waiting.cumsum(1) - 1
+        free = state.room[:-1].view(PHASES, state.experts)[:, first : first + size].clamp(min=0)
+        taken_up_to = free.cumsum(1)
+        fits = waiting & (place < taken_up_to[:, -1:])
+        expert = torch.searchsorted(taken_up_to, place.clamp(min=0).contiguous(), right=True)
+        state.give(torch.where(fits, expert + first, 0).sum(0), fits.any(0))
+    stranded = state.member & (state.count == 0)
+    state.give(state.ranking[0], stranded)
+    return stranded.sum()
+
+
+def _expert_choice(state: _State, in_force: Tensor) -> Tensor:
+    """Each expert offers its room once, to its best tokens; returns what tokens keep, [T, K], -1 where nothing."""
+    held = _mask(state.slots, state.experts)
+    taker = ((state.count < state.k) & in_force).unsqueeze(1) & ~held
+    if state.open is not None:
+        taker &= state.open
+    taker = taker.t()
+    # By phase, then by falling score, ties by position; tokens that take nothing come last.
+    key = torch.where(taker, state.segment * (1 << 33) - _score(state.preference).t(), _AFTER_ALL)
+    order = torch.sort(key, dim=1, stable=True).indices
+    takers = torch.stack([(taker & (state.segment == p)).sum(1) for p in range(PHASES)])
+    later = state.segment[order]
+    place = state.position - torch.where(later > 0, takers[0].unsqueeze(1), 0)
+    room = state.room[:-1].view(PHASES, state.experts).t().gather(1, later)
+    offered_in_order = (place < room) & (state.position < takers.sum(0).unsqueeze(1))
+    offered = torch.zeros_like(taker).scatter(1, order, offered_in_order).t()
+    best = torch.topk(torch.where(offered, state.preference, _CLOSED), state.slots.shape[1], dim=1)
+    keeps = (best.values > _CLOSED) & (state.column < (state.k - state.count).unsqueeze(1))
+    state.count = state.count + keeps.sum(1)
+    return torch.where(keeps, best.indices, -1)
+
+
+def _result(
+    state: _State, scores: Scores, slots: Tensor, chosen: Tensor, limit: Tensor, overflow_kept: Tensor
+) -> Capped:
+    by_ranking = torch.where(slots >= 0, state.preference.gather(1, slots.clamp(min=0)), _CLOSED)
+    first = torch.topk(by_ranking, chosen.shape[1], dim=1).indices
+    experts = torch.where(state.member.unsqueeze(1), slots.gather(1, first), chosen)
+    moved = (experts >= 0) & (state.preference.gather(1, experts.clamp(min=0)) < _SCORES)
+    fewer = (experts >= 0).sum(1) != (chosen >= 0).sum(1)
+    whole, kept = (_mass(scores.gate.float(), which) for which in (chosen, experts))
+    lost = torch.nan_to_num((1.0 - kept / whole).clamp(min=0.0), nan=0.0)
     return Capped(
         experts,
-        (state.held != original).any(1),
+        moved.any(1) | fewer,
         limit,
-        int((state.k - state.count).sum()),
-        int(moved.sum()),
+        (state.k - state.count).sum(),
+        moved.sum(),
         overflow_kept,
-        lost,
+        torch.where(state.member & torch.isfinite(whole) & (whole > 0), lost, 0.0),
     )
+
+
+def _mass(gate: Tensor, experts: Tensor) -> Tensor:
+    """Gate mass [T] of experts [T, K], in one order so that equal sets weigh the same."""
+    return torch.where(experts >= 0, gate.gather(1, experts.clamp(min=0)), 0.0).sum(1)

@@ -1,7 +1,7 @@
-"""State of one EP rank: knobs in force, phase of each token of the step, counters of each MoE layer.
+"""State of one EP rank: knobs in force, phase and k of each token of the step, counters of each MoE layer.
 
-The ops below are opaque to the compiler: their Python runs in every step, so a change of knobs acts at once and
-without a new trace.
+What a step reads lies in tensors that stay where they are. Begin a step, and change knobs, by writing to them: that
+acts at once, without a new trace or capture. The ops below are opaque to the compiler besides.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -19,50 +18,36 @@ from torch import Tensor
 
 from moe_core.capacity import GAMMA_SCALE, CapacityRefused, check_gamma
 from moe_core.wire import ExpertKnobs, Overflow
-from moe_serving import capacity
-from moe_serving.scores import Routing, UnknownRouting, routing_of, scores, weights
+from moe_serving.capacity import DECODE, MODES, PADDING, PREFILL
+from moe_serving.route import Layer, route
+from moe_serving.scores import UnknownRouting, routing_of
 
-PADDING, PREFILL, DECODE = 0, 1, 2
+__all__ = ["DECODE", "PADDING", "PREFILL", "RANK", "KnobsRefused", "Layer", "Rank", "now"]
 
 
 class KnobsRefused(ValueError):
     """Knobs that some layer of this rank cannot follow; the message names the knob and the layer."""
 
 
-@dataclass
-class Layer:
-    """One MoE layer as this rank sees it. Counters only grow, but for the window's maximum."""
-
-    index: int
-    name: str
-    experts: int
-    top_k: int
-    routing: Routing | None
-    why_unknown: str = ""
-    bypassed: str = ""
-    owner: Tensor | None = None
-    demand: Tensor = dataclass_field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    assigned: Tensor = dataclass_field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    tokens: int = 0
-    dropped: int = 0
-    rerouted: int = 0
-    overflow_kept: int = 0
-    lost_gate_mass: float = 0.0
-    max_prefill_load: int = 0
-
-    def __post_init__(self) -> None:
-        self.demand = torch.zeros(self.experts, dtype=torch.int64)
-        self.assigned = torch.zeros(self.experts, dtype=torch.int64)
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.int64)
 
 
 @dataclass
 class Rank:
-    """Everything that the hooks of one worker share."""
+    """Everything that the hooks of one worker share.
+
+    `phase` and `token_k` [most tokens of a batch] tell each token of the step in its order, and 0 behind it: padding,
+    and batches that are nobody's (warm-up, profiling, a rank without work), are never counted.
+    """
 
     layers: list[Layer] = dataclass_field(default_factory=list)
     knobs: ExpertKnobs = dataclass_field(default_factory=ExpertKnobs)
     knobs_version: int = 0
-    phase: Tensor | None = None
+    phase: Tensor = dataclass_field(default_factory=lambda: _zeros(0))
+    token_k: Tensor = dataclass_field(default_factory=lambda: _zeros(0))
+    overflow: Tensor = dataclass_field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    batch: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -82,110 +67,132 @@ class Rank:
         )
         return index
 
-    def begin_step(self, phase: np.ndarray[Any, np.dtype[np.uint8]], generated: int) -> None:
-        """Phase of each token of the batch that runs next, in its order; and how many tokens the step will yield."""
-        self.phase = torch.from_numpy(phase)
+    def reserve(self, tokens: int, device: torch.device | None = None) -> None:
+        """Room for the longest batch, on the device of the model: before a graph is captured, since addresses stay."""
+        device = device or self.phase.device
+        if tokens > self.phase.shape[0] or device != self.phase.device:
+            longest = max(tokens, self.phase.shape[0])
+            phase, token_k = (torch.zeros(longest, dtype=torch.int64, device=device) for _ in range(2))
+            phase[: self.phase.shape[0]] = self.phase
+            token_k[: self.token_k.shape[0]] = self.token_k
+            self.phase, self.token_k = phase, token_k
+        self.overflow = self.overflow.to(device)
+        for layer in self.layers:
+            layer.to(device)
+
+    def begin_step(
+        self,
+        phase: np.ndarray[Any, np.dtype[np.uint8]],
+        generated: int,
+        k: np.ndarray[Any, np.dtype[np.int64]] | None = None,
+    ) -> None:
+        """Phase of each token of the batch that runs next, in its order; and how many tokens the step will yield.
+
+        `k` [T] are experts per token, 0 for the model's own; None: every token takes the model's own.
+        """
+        self._write(phase, k)
         self.steps += 1
         self.prompt_tokens += int((phase == PREFILL).sum())
         self.generated_tokens += generated
 
     def end_step(self, seconds: float) -> None:
-        self.phase = None
+        self._write(np.zeros(0, np.uint8), None)
         self.busy_s += seconds
+
+    def _write(self, phase: np.ndarray[Any, np.dtype[np.uint8]], k: np.ndarray[Any, np.dtype[np.int64]] | None) -> None:
+        now, before = len(phase), self.batch
+        if now > self.phase.shape[0]:
+            if self.phase.device.type != "cpu":
+                raise ValueError(
+                    f"a batch of {now} tokens, {self.phase.shape[0]} reserved: capture knows no longer one"
+                )
+            self.reserve(now)
+        self.phase[:now].copy_(torch.from_numpy(phase))
+        self.phase[now:before].zero_()
+        if k is None:
+            self.token_k[: max(now, before)].zero_()
+        else:
+            self.token_k[:now].copy_(torch.from_numpy(k))
+            self.token_k[now:before].zero_()
+        self.batch = now
 
     def apply(self, knobs: ExpertKnobs, version: int) -> None:
         """Put knobs in force from the next step on. Raises KnobsRefused and changes nothing if a layer cannot follow.
 
         A version that is in force already, or an older one, changes nothing; 0 is what a replica boots with.
+        `knobs.per_token` is k by tier; which tier a token has is said by `begin_step`.
         """
         if version <= self.knobs_version and version > 0:
             return
-        if knobs.per_token:
-            raise KnobsRefused("experts.perToken: this engine routes every token with the model's own k")
-        capped = knobs.overflow is not Overflow.UNLIMITED
-        for layer in self.layers if capped else ():
-            if layer.bypassed:
-                raise KnobsRefused(f"experts.overflow: layer {layer.name} bypasses the router ({layer.bypassed})")
-            if layer.routing is None:
-                raise KnobsRefused(f"experts.overflow: layer {layer.name} is counted only ({layer.why_unknown})")
-            for name, gamma in (
-                ("prefill", knobs.capacity_factor_prefill),
-                ("decode", knobs.capacity_factor_decode),
-            ):
-                try:
-                    check_gamma(gamma, layer.top_k)
-                except CapacityRefused as refused:
-                    raise KnobsRefused(f"experts.capacityFactor.{name}: {refused}") from None
+        for layer in self.layers:
+            _check_k(layer, knobs)
+            _check_capacity(layer, knobs)
+        self.overflow.fill_(MODES[knobs.overflow])
+        gammas = (knobs.capacity_factor_prefill, knobs.capacity_factor_decode)
+        micro = torch.tensor([0 if gamma is None else int(gamma * GAMMA_SCALE) for gamma in gammas])
+        for layer in self.layers:
+            layer.gamma_micro.copy_(micro)
         self.knobs = knobs
         self.knobs_version = version
 
     def route(self, index: int, topk_weights: Tensor, topk_ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Count what the router asked for, and hold capacity. Shapes [T, K], [T, K], [T, E]; returns new tensors."""
         layer = self.layers[index]
-        # An op may not return its own input; the copies are a few KB.
-        out_weights, out_ids = topk_weights.clone(), topk_ids.clone()
-        phase = self.phase
-        if phase is None:  # warm-up and profiling runs
-            return out_weights, out_ids
-        phase = phase[: out_ids.shape[0]]
-        real = phase.shape[0]
-        demand = torch.bincount(topk_ids[:real].flatten().long(), minlength=layer.experts)
-        layer.demand += demand
-        layer.tokens += real
-        if self.knobs.overflow is not Overflow.UNLIMITED and layer.routing is not None:
-            for which, gamma in (
-                (PREFILL, self.knobs.capacity_factor_prefill),
-                (DECODE, self.knobs.capacity_factor_decode),
-            ):
-                if gamma is not None:
-                    self._cap(layer, layer.routing, which, gamma, phase, out_weights, out_ids, logits)
-        held = out_ids[:real]
-        layer.assigned += torch.bincount(held[held >= 0].long(), minlength=layer.experts)
-        prefill = held[phase == PREFILL]
-        if prefill.numel():
-            load = torch.bincount(prefill[prefill >= 0].long(), minlength=layer.experts)
-            layer.max_prefill_load = max(layer.max_prefill_load, int(load.max()))
+        tokens = topk_ids.shape[0]
+        eager = topk_ids.device.type == "cpu"
+        if eager and not self.batch:  # warm-up and profiling runs
+            return topk_weights.clone(), topk_ids.clone()
+        if tokens > self.phase.shape[0]:
+            self.reserve(tokens)
+        phase, token_k = self.phase[:tokens], self.token_k[:tokens]
+        out_weights, out_ids = route(
+            layer, phase, token_k, self.overflow, topk_weights, topk_ids, logits, early_out=eager
+        )
         if self.recorder is not None:
+            real = min(tokens, self.batch)
             self.recorder.append(
                 {
                     "step": self.steps,
                     "layer": index,
-                    "phase": phase.clone(),
+                    "phase": phase[:real].to(torch.uint8),
+                    "k": token_k[:real].clone(),
                     "logits": logits[:real].float().clone(),
                     "ids": topk_ids[:real].clone(),
-                    "out_ids": held.clone(),
+                    "weights": topk_weights[:real].clone(),
+                    "out_ids": out_ids[:real].clone(),
                     "out_weights": out_weights[:real].clone(),
                 }
             )
         return out_weights, out_ids
 
-    def _cap(
-        self,
-        layer: Layer,
-        routing: Routing,
-        which: int,
-        gamma: Decimal,
-        phase: Tensor,
-        out_weights: Tensor,
-        out_ids: Tensor,
-        logits: Tensor,
-    ) -> None:
-        rows = torch.nonzero(phase == which).squeeze(1)
-        if rows.numel() == 0:
-            return
-        chosen = out_ids[rows].long()
-        k = torch.full((rows.numel(),), chosen.shape[1])
-        batch = scores(routing, logits[rows])
-        capped = capacity.assign(batch, chosen, k, self.knobs.overflow, int(gamma * GAMMA_SCALE))
-        layer.dropped += capped.dropped
-        layer.rerouted += capped.rerouted
-        layer.overflow_kept += capped.overflow_kept
-        layer.lost_gate_mass += float(capped.lost_gate_mass.sum())
-        moved = torch.nonzero(capped.changed).squeeze(1)
-        if moved.numel():
-            experts = capped.experts[moved]
-            out_ids[rows[moved]] = experts.to(out_ids.dtype)
-            out_weights[rows[moved]] = weights(routing, batch.gate[moved], experts).to(out_weights.dtype)
+
+def _check_k(layer: Layer, knobs: ExpertKnobs) -> None:
+    for tier, k in knobs.per_token.items():
+        if not 1 <= k <= layer.top_k:
+            raise KnobsRefused(
+                f"experts.perToken: {k} for tier {tier}; layer {layer.name} has 1 to {layer.top_k} experts per token"
+            )
+        if k < layer.top_k:
+            _check_follows(layer, "experts.perToken")
+
+
+def _check_capacity(layer: Layer, knobs: ExpertKnobs) -> None:
+    if knobs.overflow is Overflow.UNLIMITED:
+        return
+    _check_follows(layer, "experts.overflow")
+    fewest = min((layer.top_k, *knobs.per_token.values()))
+    for name, gamma in (("prefill", knobs.capacity_factor_prefill), ("decode", knobs.capacity_factor_decode)):
+        try:
+            check_gamma(gamma, fewest)
+        except CapacityRefused as refused:
+            raise KnobsRefused(f"experts.capacityFactor.{name}: {refused}") from None
+
+
+def _check_follows(layer: Layer, knob: str) -> None:
+    if layer.bypassed:
+        raise KnobsRefused(f"{knob}: layer {layer.name} bypasses the router ({layer.bypassed})")
+    if layer.routing is None:
+        raise KnobsRefused(f"{knob}: layer {layer.name} is counted only ({layer.why_unknown})")
 
 
 RANK = Rank()
@@ -203,7 +210,8 @@ def _route_meta(topk_weights: Tensor, topk_ids: Tensor, logits: Tensor, layer: i
     return torch.empty_like(topk_weights), torch.empty_like(topk_ids)
 
 
-_LIBRARY.impl("route", _route, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("route", _route, _device)
 _LIBRARY.impl("route", _route_meta, "Meta")
 
 

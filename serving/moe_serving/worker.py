@@ -204,16 +204,16 @@ class WorkerExtension:
                     "demand": layer.demand.tolist(),
                     "assigned": layer.assigned.tolist(),
                     "mine": None if layer.owner is None else torch.nonzero(layer.owner).squeeze(1).tolist(),
-                    "tokens": layer.tokens,
-                    "dropped": layer.dropped,
-                    "rerouted": layer.rerouted,
-                    "overflow_kept": layer.overflow_kept,
-                    "lost_gate_mass": layer.lost_gate_mass,
-                    "max_prefill_load": layer.max_prefill_load,
+                    "tokens": int(layer.tokens),
+                    "dropped": int(layer.dropped),
+                    "rerouted": int(layer.rerouted),
+                    "overflow_kept": int(layer.overflow_kept),
+                    "lost_gate_mass": float(layer.lost_gate_mass),
+                    "max_prefill_load": int(layer.max_prefill_load),
                 }
             )
             if new_window:
-                layer.max_prefill_load = 0
+                layer.max_prefill_load.zero_()
         return {
             "rank": int(self.rank),
             "knobs": RANK.knobs.model_dump_json(by_alias=True, exclude_none=True),

@@ -38,7 +38,7 @@ def batches(draw: st.DrawFn) -> tuple[Tokens, Decimal]:
     return Tokens(selection, gate, k, groups, allowed), gamma
 
 
-def run_fast(tokens: Tokens, overflow: Overflow, gamma: Decimal) -> fast.Capped:
+def run_fast(tokens: Tokens, overflow: Overflow, gamma: Decimal, early_out: bool = False) -> fast.Capped:
     selection = torch.tensor(tokens.selection, dtype=torch.float32)
     allowed = None
     if tokens.allowed_groups is not None:
@@ -50,18 +50,21 @@ def run_fast(tokens: Tokens, overflow: Overflow, gamma: Decimal) -> fast.Capped:
     width = max(tokens.k)
     chosen = torch.tensor([[*row, *([-1] * (width - len(row)))] for row in plain.experts])
     scores = fast.Scores(selection, torch.tensor(tokens.gate), allowed, tokens.groups)
-    return fast.assign(scores, chosen, torch.tensor(tokens.k), overflow, int(gamma * 1_000_000))
+    limits = fast.Limits(torch.tensor(fast.MODES[overflow]), torch.tensor([int(gamma * 1_000_000), 0]))
+    k = torch.tensor(tokens.k)
+    return fast.assign(scores, chosen, k, torch.full_like(k, fast.PREFILL), limits, early_out=early_out)
 
 
+@pytest.mark.parametrize("early_out", [False, True])
 @pytest.mark.parametrize("overflow", CAPPED)
 @settings(max_examples=400, deadline=None)
 @given(batch=batches())
-def test_vectorised_equals_reference(overflow: Overflow, batch: tuple[Tokens, Decimal]) -> None:
+def test_vectorised_equals_reference(overflow: Overflow, early_out: bool, batch: tuple[Tokens, Decimal]) -> None:
     tokens, gamma = batch
     want = assign(tokens, overflow, gamma)
-    got = run_fast(tokens, overflow, gamma)
+    got = run_fast(tokens, overflow, gamma, early_out)
     assert [tuple(e for e in row if e >= 0) for row in got.experts.tolist()] == list(want.experts)
-    assert (got.capacity, got.dropped, got.rerouted, got.overflow_kept) == (
+    assert (int(got.capacity[0]), int(got.dropped), int(got.rerouted), int(got.overflow_kept)) == (
         want.capacity,
         want.dropped,
         want.rerouted,
@@ -96,7 +99,7 @@ def test_rules_hold(overflow: Overflow, batch: tuple[Tokens, Decimal]) -> None:
 def test_capacity_is_exact_where_binary_fractions_are_not() -> None:
     # 1.1 * 160 / 16 is 11.000000000000002 in binary floating point.
     assert capacity(Decimal("1.1"), 160, 16) == 11
-    assert fast.slots_per_expert(1_100_000, 160, 16) == 11
+    assert int(fast.slots_per_expert(torch.tensor(1_100_000), torch.tensor(160), 16)) == 11
 
 
 def test_gamma_too_small_for_one_slot_is_refused() -> None:
