@@ -75,6 +75,11 @@ CAPACITY_FACTOR = _gauge(
     "moestack_expert_capacity_factor", (*_REPLICA, "phase"), "Capacity factor in force by phase; +Inf is uncapped"
 )
 LAYERS_HOOKED = _gauge("moestack_expert_layers", (*_REPLICA, "state"), "MoE layers by state: hooked or bypassed")
+REPLICA_STARTED = _gauge(
+    "moestack_replica_start_time_seconds",
+    _REPLICA,
+    "Unix time since which the replica's counters run; they go back only here",
+)
 KNOBS_VERSION = _gauge("moestack_knobs_version", _REPLICA, "Lowest version of the knobs in force on any rank")
 ENGINE_RUNNING = _gauge("moestack_engine_running_requests", _REPLICA, "Requests in the engine's batch")
 ENGINE_WAITING = _gauge("moestack_engine_waiting_requests", _REPLICA, "Requests waiting in the engine")

@@ -25,6 +25,7 @@ _LAYER_ROWS: tuple[tuple[metrics.Metric, Callable[[LayerDigest], float | None]],
 )
 
 _REPLICA_ROWS: tuple[tuple[metrics.Metric, Callable[[ReplicaDigest], float]], ...] = (
+    (metrics.REPLICA_STARTED, lambda d: d.started_at_s),
     (metrics.KNOBS_VERSION, lambda d: d.knobs_version),
     (metrics.ENGINE_RUNNING, lambda d: d.engine.running),
     (metrics.ENGINE_WAITING, lambda d: d.engine.waiting),

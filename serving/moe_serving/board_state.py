@@ -28,6 +28,7 @@ class WrongDeployment(Exception):
 class _Replica:
     ranks: int
     heard_s: float
+    newest: tuple[float, int] = (0.0, 0)  # start and number of the newest digest
     digest: ReplicaDigest | None = None
     acks: dict[int, dict[int, Ack]] = field(default_factory=dict)
 
@@ -65,7 +66,8 @@ class BoardState:
 
     def register(self, replica: str, ranks: int, now_s: float, has: Signed | None) -> None:
         """A replica is there. What it has in force is adopted if it is newer: so a board that died forgets nothing."""
-        self._replicas[replica] = _Replica(ranks, now_s)
+        before = self._replicas.get(replica)
+        self._replicas[replica] = _Replica(ranks, now_s, (0.0, 0) if before is None else before.newest)
         if has is not None:
             knobs = self._verifier.open(has, Knobs)
             if knobs.version > self.version and knobs.deployment == self.deployment:
@@ -75,11 +77,15 @@ class BoardState:
         return replica in self._replicas
 
     def report(self, digest: ReplicaDigest, now_s: float) -> None:
-        """A replica's digest. One that is not registered is ignored: it is told to register."""
+        """A replica's digest. One that is not registered is ignored: it is told to register. So is one that was
+        overtaken by a newer one: counters would go back."""
         replica = self._replicas.get(digest.replica)
-        if replica is not None:
+        if replica is None:
+            return
+        replica.heard_s = now_s
+        if (digest.started_at_s, digest.seq) > replica.newest:
+            replica.newest = (digest.started_at_s, digest.seq)
             replica.digest = digest
-            replica.heard_s = now_s
 
     def acknowledge(self, acks: list[Ack], asked: int) -> None:
         """Acks of one replica for the version that it was asked to apply."""
