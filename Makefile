@@ -40,8 +40,8 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	$(PY) -m moe_cli.main crd --check manifests/crd/moestack.dev_moedeployments.yaml
 	$(PY) -m moe_operator.rbac --check manifests/operator/rbac.yaml
 
-unit: setup ## tests that need no engine and no control plane
-	.venv/bin/pytest -m "not faults and not cluster and not engine and not full"
+unit: setup ## tests that need no engine and no control plane, on two cores
+	.venv/bin/pytest -m "not faults and not cluster and not engine and not full" -n 2 --dist worksteal
 
 faults: setup ## the operator's fault suites on the in-memory API server, on two cores
 	.venv/bin/pytest -m "faults and not full" -n 2 --dist worksteal

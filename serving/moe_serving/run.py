@@ -58,7 +58,7 @@ def main() -> int:
 
 def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Event) -> int:
     _tell(stage="ray", state="start")
-    _environment()
+    _environment(temp)
     import ray
     from ray import serve
 
@@ -152,10 +152,11 @@ def _explain(config: ServingConfig, message: str) -> dict[str, str]:
     return {"field": field, "message": sentence[:500] or f"{config.source} did not start", "remedy": remedy}
 
 
-def _environment() -> None:
+def _environment(temp: Path) -> None:
     """Defaults of Ray and vLLM processes that this process starts; what the person set stays."""
     for name, value in {
         **ENGINE_ENV,
+        "VLLM_RPC_BASE_PATH": str(temp),  # an engine that is killed leaves its sockets behind
         # Idle workers that import the engine in advance cost two cores more than they save.
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",

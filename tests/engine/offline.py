@@ -24,6 +24,7 @@ def main(job_path: Path) -> None:
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks)) if ranks > 1 else "0-1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_RPC_BASE_PATH": str(job_path.parent),  # its sockets go where the test's files are
         }
     )
     from vllm import LLM, SamplingParams
