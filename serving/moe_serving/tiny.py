@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
 """Part of a checkpoint's cache key: raise it when what is written changes."""
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -107,6 +107,25 @@ FAMILIES: Mapping[str, _Family] = {
             "shared_expert_intermediate_size": 128,
         },
     ),
+    "qwen3_next": _Family(
+        "Qwen3NextConfig",
+        ("qwen3-next", "qwen3_next"),
+        16,
+        4,
+        4,
+        {
+            **_BASE,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "head_dim": 32,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
     "mixtral": _Family(
         "MixtralConfig",
         ("mixtral",),
@@ -115,13 +134,36 @@ FAMILIES: Mapping[str, _Family] = {
         4,
         {**_BASE, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "head_dim": 32},
     ),
+    "dbrx": _Family(
+        "DbrxConfig",
+        ("dbrx",),
+        16,
+        4,
+        3,
+        {
+            "d_model": 128,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 4096,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 500000.0},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 16, "moe_top_k": 4, "hidden_size": 128},
+            "tie_word_embeddings": False,
+        },
+    ),
     "deepseek_v2": _Family(
         "DeepseekV2Config",
         ("deepseek-v2",),
         16,
         4,
         3,
-        {**_BASE, **_MLA, "n_routed_experts": 16, "num_experts_per_tok": 4, "topk_method": "group_limited_greedy"},
+        {
+            **_BASE,
+            **_MLA,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 2.0,
+        },
     ),
     "deepseek_v3": _Family(
         "DeepseekV3Config",
@@ -129,7 +171,47 @@ FAMILIES: Mapping[str, _Family] = {
         16,
         4,
         3,
-        {**_BASE, **_MLA, "n_routed_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True},
+        {
+            **_BASE,
+            **_MLA,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            # What published checkpoints say in their own config.json: vLLM asks for both.
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "num_mtp_layers": 0,
+        },
+    ),
+    "llama4": _Family(
+        "Llama4TextConfig",
+        ("llama-4", "llama4"),
+        16,
+        1,
+        4,
+        {
+            **_BASE,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 256,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 1,
+            "head_dim": 32,
+        },
+    ),
+    "gpt_oss": _Family(
+        "GptOssConfig",
+        ("gpt-oss", "gpt_oss"),
+        16,
+        4,
+        4,
+        {
+            **_BASE,
+            "intermediate_size": 64,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 4,
+            "head_dim": 32,
+            "sliding_window": 128,
+        },
     ),
     "olmoe": _Family("OlmoeConfig", ("olmoe",), 16, 4, 4, {**_BASE, "num_experts": 16, "num_experts_per_tok": 4}),
     "granitemoe": _Family(
@@ -161,7 +243,8 @@ def facts(family: str) -> TinyFacts:
     if family not in FAMILIES:
         raise UnknownFamily(f"no family {family!r}; families with a tiny checkpoint: {', '.join(sorted(FAMILIES))}")
     row = FAMILIES[family]
-    return TinyFacts(family, row.experts, row.top_k, row.moe_layers, int(row.config["max_position_embeddings"]))
+    longest = row.config.get("max_position_embeddings") or row.config["max_seq_len"]
+    return TinyFacts(family, row.experts, row.top_k, row.moe_layers, int(longest))
 
 
 @dataclass(frozen=True)
@@ -210,6 +293,10 @@ def make_checkpoint(family: str, path: Path, seed: int = 0, skew: Skew | None = 
                 # The default spread of 0.02 makes nearly flat logits: greedy text would hang on rounding.
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.4 if "embed" in name or "lm_head" in name else 0.12)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    # At zero it would correct nothing.
+                    buffer.normal_(0.0, 0.1)
             if skew is not None:
                 _bias_router(model, skew)
     finally:

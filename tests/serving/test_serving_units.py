@@ -111,6 +111,11 @@ def test_engine_arguments_never_trust_remote_code() -> None:
         ("deepseek-ai/DeepSeek-R1", "deepseek_v3"),
         ("deepseek-ai/DeepSeek-V2-Lite", "deepseek_v2"),
         ("qwen3_moe", "qwen3_moe"),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next"),
+        ("databricks/dbrx-instruct", "dbrx"),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama4"),
+        ("openai/gpt-oss-120b", "gpt_oss"),
+        ("allenai/OLMoE-1B-7B-0924", "olmoe"),
     ],
 )
 def test_families_by_published_name(model: str, family: str) -> None:
@@ -128,6 +133,10 @@ def test_an_unknown_model_names_the_known_families() -> None:
 def test_facts_match_the_configuration(family: str) -> None:
     row = FAMILIES[family]
     known = facts(family)
-    counts = {row.config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
-    assert counts == {known.experts}
-    assert row.config["num_experts_per_tok"] == known.top_k
+    config = {**row.config, **row.config.get("ffn_config", {})}
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    assert {config.get(name) for name in names} - {None} == {known.experts}
+    assert {config.get(name) for name in ("num_experts_per_tok", "moe_top_k")} - {None} == {known.top_k}
+    layers = config.get("num_hidden_layers", config.get("n_layers"))
+    assert known.moe_layers == layers - config.get("first_k_dense_replace", 0)
+    assert known.max_model_len == 4096
