@@ -65,9 +65,10 @@ _BASE: dict[str, Any] = {
 }
 _MLA: dict[str, Any] = {
     "q_lora_rank": 64,
-    "kv_lora_rank": 32,
+    # vLLM's MLA kernel for CPUs is compiled for these two, those of the published models.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
     "moe_intermediate_size": 64,
