@@ -1,8 +1,10 @@
 """What expert capacity costs, what it wins, and what it does to a model's quality.
 
-    python -m benchmarks.capacity [--quick] [--intermediate 1536] [--rounds 3]
+    python -m benchmarks.capacity [--quick] [--only layer | quality] [--rounds 3] [--picture FILE.svg]
 
-`benchmarks.capacity_layer` measures an MoE layer of real shape on two simulated ranks. Needs vLLM for CPU.
+`benchmarks.capacity_layer` measures an MoE layer of real shape on two simulated ranks, `benchmarks.capacity_quality`
+the perplexity of the small model that `benchmarks.trained_moe` trains, on its first use, for some minutes. Needs vLLM
+for CPU.
 """
 
 from __future__ import annotations
@@ -11,31 +13,44 @@ import argparse
 import json
 import os
 from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
 # One thread: a rank of a CPU deployment owns one core, and times are those of one thread. Read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from benchmarks import capacity_layer
-from benchmarks.capacity_layer import Shape
+from benchmarks import capacity_layer, capacity_quality
+from benchmarks.capacity_layer import Shape, say
+from benchmarks.trained_moe import QUICK, Recipe
 
-GAMMAS = (Decimal("1"), Decimal("1.1"), Decimal("1.25"), Decimal("1.5"))
+GAMMAS = (Decimal("1"), Decimal("1.1"), Decimal("1.25"))
+QUICK_SHAPE = Shape(tokens=256, hidden=256, intermediate=64, experts=32, k=4)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure; the last line is the result as JSON."""
+    """Measure; the last line is the result as JSON. Keys of a part that was left out are null."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes and one round: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="small shapes, one round: shows that it works")
+    parser.add_argument("--only", choices=["layer", "quality"], help="one part")
     parser.add_argument("--rounds", type=int, default=3, help="of all settings in turn")
     parser.add_argument("--tokens", type=int, default=4096, help="of a prefill step")
     parser.add_argument("--intermediate", type=int, default=1536, help="width of an expert")
+    parser.add_argument("--picture", type=Path, help="draw perplexity over γ as SVG there")
     options = parser.parse_args(arguments)
-    if options.quick:
-        shape = Shape(tokens=256, hidden=256, intermediate=64, experts=32, k=4)
-        layer = capacity_layer.measure(shape, GAMMAS[:3], 1, (16,))
-    else:
-        shape = Shape(tokens=options.tokens, intermediate=options.intermediate)
-        layer = capacity_layer.measure(shape, GAMMAS, options.rounds, (32, 256))
-    print(json.dumps(layer))
+    keys = ("hook_overhead_count", "hook_overhead_reroute", "layer_speedup_over_bound", "gemm_share", "ppl_delta")
+    found: dict[str, Any] = dict.fromkeys(keys)
+    if options.only != "quality":
+        if options.quick:
+            found |= capacity_layer.measure(QUICK_SHAPE, GAMMAS, 1, (16,))
+        else:
+            shape = Shape(tokens=options.tokens, intermediate=options.intermediate)
+            found |= capacity_layer.measure(shape, GAMMAS, options.rounds, (32, 256))
+    if options.only != "layer":
+        quality = capacity_quality.measure(QUICK if options.quick else Recipe(), say)
+        found |= quality
+        if options.picture is not None:
+            capacity_quality.picture(quality["perplexity"], options.picture)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class Layer:
         """Router logits whose top k are k draws without replacement, experts as popular as wanted (Gumbel's trick)."""
         torch = self.torch
         uniform = torch.rand(tokens, self.shape.experts, generator=self.random).clamp(1e-9, 1 - 1e-7)
-        return (torch.from_numpy(np.log(wanted)).float() - torch.log(-torch.log(uniform))).to(torch.bfloat16)
+        return torch.from_numpy(np.log(wanted)).float() - torch.log(-torch.log(uniform))
 
     def run(self, hidden: Any, logits: Any, setting: Setting, phase: int) -> Pass:
         torch, shape, seen = self.torch, self.shape, Pass()

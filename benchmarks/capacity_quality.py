@@ -1,0 +1,207 @@
+"""Held-out perplexity of a small trained mixture of experts against capacity factor, overflow policy and k.
+
+The model runs in plain transformers; what its routers answer passes through the capacity code of serving before the
+experts see it. A step is a batch of whole sequences, all prefill: capacity counts over its tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import trained_moe
+from benchmarks.trained_moe import Recipe
+from moe_core.wire import ExpertKnobs, Overflow
+
+GAMMAS = (Decimal("1"), Decimal("1.25"), Decimal("1.5"), Decimal("2"))
+POLICIES = (Overflow.REROUTE, Overflow.DROP, Overflow.EXPERT_CHOICE)
+SEQUENCES_A_STEP = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What routers are held to. `gamma` None is no capacity; `k` None is the model's own."""
+
+    overflow: Overflow = Overflow.UNLIMITED
+    gamma: Decimal | None = None
+    k: int | None = None
+
+    @property
+    def name(self) -> str:
+        capacity = "Unlimited" if self.gamma is None else f"{self.overflow.value} {self.gamma}"
+        return capacity if self.k is None else f"{capacity} k={self.k}"
+
+
+class Held:
+    """A model whose routers pass through a `Rank`, as those of a vLLM worker do. A step is one call of the model."""
+
+    def __init__(self, model: Any) -> None:
+        from moe_serving.rank import Layer, Rank
+        from moe_serving.scores import Routing
+
+        config = model.config
+        self.model, self.top_k = model, int(config.num_experts_per_tok)
+        self.rank, self.version = Rank(), 0
+        rule = Routing("softmax", True)  # Qwen3-MoE's, with norm_topk_prob
+        for index in range(config.num_hidden_layers):
+            self.rank.layers.append(Layer(index, f"moe.{index}", config.num_experts, self.top_k, rule))
+
+    @contextlib.contextmanager
+    def to(self, setting: Setting) -> Iterator[Seen]:
+        """The model under `setting`. Raises KnobsRefused for what leaves a token without an expert."""
+        knobs = ExpertKnobs(
+            overflow=setting.overflow,
+            capacity_factor_prefill=setting.gamma,
+            per_token={} if setting.k is None else {"all": setting.k},
+        )
+        self.version += 1
+        self.rank.apply(knobs, self.version)
+        before = Seen.of(self.rank)
+        seen = Seen()
+        hooks = [self.model.register_forward_pre_hook(partial(self._begin, setting), with_kwargs=True)]
+        for index, layer in enumerate(self.model.model.layers):
+            hooks.append(layer.mlp.gate.register_forward_hook(partial(self._route, index, seen)))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.rank.end_step(0.0)
+            seen.take(Seen.of(self.rank), before)
+
+    def _begin(self, setting: Setting, _: Any, arguments: Any, named: dict[str, Any]) -> None:
+        from moe_serving.rank import PREFILL
+
+        tokens = named["input_ids"].numel()
+        k = None if setting.k is None else np.full(tokens, setting.k, np.int64)
+        self.rank.begin_step(np.full(tokens, PREFILL, np.uint8), 0, k)
+
+    def _route(self, index: int, seen: Seen, router: Any, _: Any, output: Any) -> Any:
+        import torch
+
+        logits, weights, ids = output
+        layer = self.rank.layers[index]
+        demand, assigned = layer.demand.clone(), layer.assigned.clone()
+        weights, ids = self.rank.route(index, weights, ids, logits)
+        seen.falls.append(float((layer.demand - demand).max() / (layer.assigned - assigned).max()))
+        # The model takes no -1: an empty slot is any expert with the weight of nothing.
+        return logits, weights, torch.where(ids < 0, 0, ids)
+
+
+@dataclass
+class Seen:
+    """What capacity did, over all steps and layers. `falls`: the largest expert load before over after, by step."""
+
+    slots: int = 0
+    dropped: int = 0
+    rerouted: int = 0
+    tokens: int = 0
+    lost_gate_mass: float = 0.0
+    falls: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def of(rank: Any) -> Seen:
+        """The counters of all its layers."""
+        layers = rank.layers
+        return Seen(
+            sum(int(layer.demand.sum()) for layer in layers),
+            sum(int(layer.dropped) for layer in layers),
+            sum(int(layer.rerouted) for layer in layers),
+            sum(int(layer.tokens) for layer in layers),
+            sum(float(layer.lost_gate_mass) for layer in layers),
+        )
+
+    def take(self, now: Seen, before: Seen) -> None:
+        self.slots, self.dropped = now.slots - before.slots, now.dropped - before.dropped
+        self.rerouted, self.tokens = now.rerouted - before.rerouted, now.tokens - before.tokens
+        self.lost_gate_mass = now.lost_gate_mass - before.lost_gate_mass
+
+
+def settings(top_k: int) -> list[Setting]:
+    """The grid: no capacity, γ × policy, fewer experts per token, and both together."""
+    grid = [Setting()]
+    grid += [Setting(policy, gamma) for policy in POLICIES for gamma in GAMMAS]
+    fewer = range(top_k - 1, 0, -1)
+    grid += [Setting(k=k) for k in fewer]
+    return grid + [Setting(Overflow.REROUTE, Decimal("1.25"), k) for k in fewer]
+
+
+def measure(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train (or find) the model and try the grid on held-out text."""
+    import torch
+
+    made = trained_moe.trained(recipe, say)
+    held, batch = Held(trained_moe.load(made.path)), trained_moe.held_out_batch(made.path, recipe)
+    torch.set_num_threads(1)
+    rows: dict[str, dict[str, Any]] = {}
+    for setting in settings(recipe.k):
+        with held.to(setting) as seen:
+            ppl = trained_moe.perplexity(held.model, batch, SEQUENCES_A_STEP)
+        first = rows.get("Unlimited", {}).get("perplexity", ppl)
+        rows[setting.name] = {
+            "perplexity": round(ppl, 5),
+            "delta": round(ppl / first - 1, 5),
+            "dropped": round(seen.dropped / seen.slots, 5),
+            "rerouted": round(seen.rerouted / seen.slots, 5),
+            "lost_gate_mass": round(seen.lost_gate_mass / seen.tokens, 5),
+            "expert_load_fall": round(statistics.median(seen.falls), 3) if seen.falls else 1.0,
+        }
+        say(f"{setting.name}: perplexity {ppl:.4f}, {rows[setting.name]}")
+    return {
+        "ppl_delta": rows["Reroute 1.25"]["delta"],
+        "perplexity": rows,
+        "held_out_tokens": int(batch[:, 1:].numel()),
+        "tokens_a_step": SEQUENCES_A_STEP * recipe.sequence,
+        "training": made.figures,
+    }
+
+
+def picture(rows: dict[str, dict[str, Any]], file: Path) -> None:
+    """Perplexity over γ, a line for each policy, as SVG."""
+    colours = {Overflow.REROUTE: "#1f6feb", Overflow.DROP: "#d1242f", Overflow.EXPERT_CHOICE: "#1a7f37"}
+    width, height, left, top, right, bottom = 640, 400, 70, 40, 150, 50
+    none = rows["Unlimited"]["perplexity"]
+    points = {policy: [rows[Setting(policy, g).name]["perplexity"] for g in GAMMAS] for policy in POLICIES}
+    low, high = none, max(max(values) for values in points.values())
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+    def x(gamma: Decimal) -> float:
+        return left + float((gamma - GAMMAS[0]) / (GAMMAS[-1] - GAMMAS[0])) * (width - left - right)
+
+    def y(value: float) -> float:
+        return float(top + (high - value) / (high - low) * (height - top - bottom))
+
+    def text(at_x: float, at_y: float, what: str, more: str = "") -> str:
+        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" {more}>{what}</text>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        text(left, 22, "Held-out perplexity of the small trained MoE against capacity factor", 'font-weight="bold"'),
+        text((left + width - right) / 2, height - 12, "capacity factor γ", 'text-anchor="middle"'),
+    ]
+    for n in range(5):
+        value = low + (high - low) * n / 4
+        parts.append(f'<path d="M{left} {y(value):.1f}H{width - right}" stroke="#d0d7de"/>')
+        parts.append(text(left - 8, y(value) + 4, f"{value:.3f}", 'text-anchor="end"'))
+    parts += [text(x(gamma), height - bottom + 18, str(gamma), 'text-anchor="middle"') for gamma in GAMMAS]
+    parts.append(f'<path d="M{left} {y(none):.1f}H{width - right}" stroke="#57606a" stroke-dasharray="5 4"/>')
+    labels = [(y(none), "no capacity", "#57606a")]
+    for policy, values in points.items():
+        line = " ".join(f"{x(gamma):.1f},{y(value):.1f}" for gamma, value in zip(GAMMAS, values, strict=True))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[policy]}" stroke-width="2"/>')
+        labels.append((y(values[-1]), policy.value, colours[policy]))
+    at = 0.0
+    for wanted, name, colour in sorted(labels):
+        at = max(wanted + 4, at + 15)  # labels that would lie on one another step aside
+        parts.append(text(width - right + 8, at, name, f'fill="{colour}"'))
+    file.write_text("\n".join([*parts, "</svg>", ""]))
