@@ -207,7 +207,7 @@ def _mask(chosen: Tensor, experts: int) -> Tensor:
 
 def _open(allowed: Tensor, groups: int, chose: Tensor) -> Tensor:
     # Where groups tie, the router may have picked others than we did: then its own are the ones that are open.
-    by_group = chose.view(chose.shape[0], groups, -1)
+    by_group = chose.view(chose.shape[0], groups, chose.shape[1] // groups)
     its_own = by_group.any(2, keepdim=True).expand_as(by_group).reshape(chose.shape)
     return torch.where((chose & ~allowed).any(1, keepdim=True), its_own, allowed)
 

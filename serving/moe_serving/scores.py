@@ -75,7 +75,7 @@ def _gate(scoring: str, logits: Tensor) -> Tensor:
 def _allowed(selection: Tensor, routing: Routing) -> Tensor:
     """Groups open to each token: the best by their top expert, or by the sum of their top two under a bias."""
     tokens, experts = selection.shape
-    by_group = selection.view(tokens, routing.groups, -1)
+    by_group = selection.view(tokens, routing.groups, experts // routing.groups)
     strength = by_group.amax(-1) if routing.bias is None else by_group.topk(2, dim=-1).values.sum(-1)
     chosen = strength.topk(routing.groups_per_token, dim=-1).indices
     mask = torch.zeros(tokens, routing.groups, dtype=torch.bool, device=selection.device)

@@ -1,99 +1,178 @@
-"""Vectorised capacity against the plain reference, on any router output."""
+"""Vectorised capacity: equal to the plain reference on any router output, and true to the rules by themselves."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_core.capacity import CapacityRefused, Tokens, assign, capacity
-from moe_core.wire import Overflow
+from moe_core.wire import ExpertKnobs, Overflow
 
 torch = pytest.importorskip("torch")
 from moe_serving import capacity as fast  # noqa: E402
+from moe_serving.cpu_experts import _map_local  # noqa: E402
+from moe_serving.route import Layer, route  # noqa: E402
+from moe_serving.scores import Routing, scores, weights  # noqa: E402
+from tests.serving.capacity_cases import PHASES, Case, cases, chosen_sets  # noqa: E402
 
-CAPPED = [Overflow.REROUTE, Overflow.DROP, Overflow.EXPERT_CHOICE]
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[Tokens, Decimal]:
-    groups = draw(st.sampled_from([1, 1, 2, 4]))
-    experts = groups * draw(st.integers(1, 4)) * (2 if groups == 1 else 1)
-    count = draw(st.integers(1, 24))
-    open_groups = draw(st.integers(1, groups))
-    most = min(experts // groups * open_groups, 4)
-    k = [draw(st.integers(1, most)) for _ in range(count)]
-    # Few distinct values make ties common; a skewed offset makes overload common.
-    value = st.integers(0, 6).map(lambda v: v / 8)
-    skew = [draw(st.integers(0, 3)) for _ in range(experts)]
-    selection = [[draw(value) + skew[e] for e in range(experts)] for _ in range(count)]
-    gate = [[abs(x) + 0.125 for x in row] for row in selection]
-    allowed = None
-    if groups > 1:
-        allowed = [frozenset(draw(st.permutations(range(groups)))[:open_groups]) for _ in range(count)]
-    low = int(Decimal(1000) / min(k)) + 1
-    gamma = Decimal(draw(st.integers(low, 2600))) / 1000
-    return Tokens(selection, gate, k, groups, allowed), gamma
+CAPPED = st.sampled_from([Overflow.REROUTE, Overflow.DROP, Overflow.EXPERT_CHOICE])
 
 
-def run_fast(tokens: Tokens, overflow: Overflow, gamma: Decimal, early_out: bool = False) -> fast.Capped:
-    selection = torch.tensor(tokens.selection, dtype=torch.float32)
-    allowed = None
-    if tokens.allowed_groups is not None:
-        size = selection.shape[1] // tokens.groups
-        allowed = torch.tensor(
-            [[e // size in groups for e in range(selection.shape[1])] for groups in tokens.allowed_groups]
-        )
-    plain = assign(tokens, Overflow.UNLIMITED, None)
-    width = max(tokens.k)
-    chosen = torch.tensor([[*row, *([-1] * (width - len(row)))] for row in plain.experts])
-    scores = fast.Scores(selection, torch.tensor(tokens.gate), allowed, tokens.groups)
-    limits = fast.Limits(torch.tensor(fast.MODES[overflow]), torch.tensor([int(gamma * 1_000_000), 0]))
-    k = torch.tensor(tokens.k)
-    return fast.assign(scores, chosen, k, torch.full_like(k, fast.PREFILL), limits, early_out=early_out)
-
-
-@pytest.mark.parametrize("early_out", [False, True])
-@pytest.mark.parametrize("overflow", CAPPED)
-@settings(max_examples=400, deadline=None)
-@given(batch=batches())
-def test_vectorised_equals_reference(overflow: Overflow, early_out: bool, batch: tuple[Tokens, Decimal]) -> None:
-    tokens, gamma = batch
-    want = assign(tokens, overflow, gamma)
-    got = run_fast(tokens, overflow, gamma, early_out)
-    assert [tuple(e for e in row if e >= 0) for row in got.experts.tolist()] == list(want.experts)
-    assert (int(got.capacity[0]), int(got.dropped), int(got.rerouted), int(got.overflow_kept)) == (
-        want.capacity,
-        want.dropped,
-        want.rerouted,
-        want.overflow_kept,
+def routed(case: Case, early_out: bool, by_index: bool = True) -> tuple[Layer, torch.Tensor, torch.Tensor]:
+    """The layer after the batch, and the batch's weights and experts."""
+    rank = case.rank()
+    count = len(case.phase)
+    given_weights, ids = case.router(by_index)
+    out = route(
+        rank.layers[0],
+        rank.phase[:count],
+        rank.token_k[:count],
+        rank.overflow,
+        given_weights,
+        ids,
+        case.logits,
+        early_out,
     )
-    assert got.lost_gate_mass.tolist() == pytest.approx(want.lost_gate_mass, abs=1e-5)
+    return rank.layers[0], *out
 
 
-@pytest.mark.parametrize("overflow", CAPPED)
-@settings(max_examples=300, deadline=None)
-@given(batch=batches())
-def test_rules_hold(overflow: Overflow, batch: tuple[Tokens, Decimal]) -> None:
-    tokens, gamma = batch
-    result = assign(tokens, overflow, gamma)
-    experts = len(tokens.selection[0])
-    assert result.capacity == capacity(gamma, sum(tokens.k), experts)
-    assert all(row for row in result.experts), "a token was left without an expert"
-    assert all(len(row) == len(set(row)) <= k for row, k in zip(result.experts, tokens.k, strict=True))
-    excess = sum(max(0, load - result.capacity) for load in result.load(experts))
-    assert excess <= result.overflow_kept
-    if tokens.allowed_groups is None:
-        assert result.overflow_kept == 0
-        assert max(result.load(experts)) <= result.capacity
-    else:
-        size = experts // tokens.groups
-        for row, groups in zip(result.experts, tokens.allowed_groups, strict=True):
-            assert {e // size for e in row} <= groups
-    assert result.dropped + sum(len(row) for row in result.experts) == sum(tokens.k)
-    assert all(0.0 <= lost <= 1.0 for lost in result.lost_gate_mass)
+def equals_reference(case: Case, early_out: bool) -> None:
+    layer, out_weights, out_ids = routed(case, early_out)
+    original_weights, original_ids = case.router()
+    want = case.reference()
+    demand, assigned = ([0] * case.experts for _ in range(2))
+    for phase, assignment in want.items():
+        rows = case.rows(phase)
+        assert chosen_sets(out_ids[rows]) == [set(row) for row in assignment.experts]
+        for counts, choices in (
+            (demand, assign(case.tokens(rows), Overflow.UNLIMITED, None).experts),
+            (assigned, assignment.experts),
+        ):
+            for expert in (e for row in choices for e in row):
+                counts[expert] += 1
+    assert (layer.demand.tolist(), layer.assigned.tolist()) == (demand, assigned)
+    assert int(layer.tokens) == sum(p != fast.PADDING for p in case.phase)
+    assert int(layer.max_prefill_load) == max(want[fast.PREFILL].load(case.experts))
+    for name in ("dropped", "rerouted", "overflow_kept"):
+        assert int(getattr(layer, name)) == sum(getattr(a, name) for a in want.values()), name
+    assert float(layer.lost_gate_mass) == pytest.approx(sum(sum(a.lost_gate_mass) for a in want.values()), abs=1e-4)
+
+    # A token that keeps its experts keeps its weights bit by bit; another's are renewed by the model's own rule.
+    same = torch.tensor(
+        [a == b for a, b in zip(chosen_sets(out_ids), chosen_sets(original_ids), strict=True)], dtype=torch.bool
+    )
+    renewed = weights(case.routing, scores(case.routing, case.logits).gate, out_ids.long())
+    want_weights = torch.where(same.view(-1, 1), original_weights, renewed)
+    assert torch.equal(torch.nan_to_num(out_weights), torch.nan_to_num(want_weights))
+    assert torch.equal(out_ids[same], original_ids[same])
+    assert bool((torch.nan_to_num(out_weights)[out_ids < 0] == 0).all())
+
+
+def rules_hold(case: Case, early_out: bool, by_index: bool) -> None:
+    layer, _, out_ids = routed(case, early_out, by_index)
+    _, original = case.router(by_index)
+    held, k = chosen_sets(out_ids), case.k_in_force()
+    real = [t for t, p in enumerate(case.phase) if p != fast.PADDING]
+    assert all(1 <= len(held[t]) <= k[t] for t in real), "a token was left without an expert, or has more than its k"
+    assert [sum(e >= 0 for e in row) for row in out_ids.tolist()] == [len(row) for row in held], "an expert twice"
+    excess = 0
+    for phase in PHASES:
+        rows, gamma = case.rows(phase), case.gamma(phase)
+        if gamma is None:
+            continue
+        limit = math.ceil(Fraction(gamma) * sum(k[t] for t in rows) / case.experts)
+        load = [sum(e in held[t] for t in rows) for e in range(case.experts)]
+        excess += sum(max(0, slots - limit) for slots in load)
+    assert excess <= int(layer.overflow_kept)
+    if case.routing.groups == 1:
+        assert int(layer.overflow_kept) == 0
+    size = case.experts // case.routing.groups
+    assert all(len({e // size for e in held[t]}) <= case.routing.groups_per_token for t in real)
+    asked = sum(k[t] for t in real)
+    assert int(layer.dropped) + int(layer.assigned.sum()) == asked == int(layer.demand.sum())
+    assert 0.0 <= float(layer.lost_gate_mass) <= len(real) + 1e-6
+    untouched = [t for t in real if case.gamma(case.phase[t]) is None and not case.k[t]]
+    assert torch.equal(out_ids[untouched], original[untouched])
+    assert torch.equal(routed(case, early_out, by_index)[2], out_ids), "the same input gave another output"
+
+
+def padding_is_irrelevant(case: Case) -> None:
+    """More padding, anywhere and with any logits, changes nothing for the others."""
+    at = [(t * 7 + 3) % (len(case.phase) + 1) for t in range(3)]
+    order = list(range(len(case.phase)))
+    for place in sorted(at, reverse=True):
+        order.insert(place, -1)
+    noise = torch.randn(1, case.experts, generator=torch.Generator().manual_seed(case.seed % 1000))
+    logits = torch.cat((case.logits, noise))  # -1 is its row
+    padded = replace(
+        case,
+        logits=logits[order],
+        phase=tuple(fast.PADDING if t < 0 else case.phase[t] for t in order),
+        k=tuple(0 if t < 0 else case.k[t] for t in order),
+    )
+    first, _, ids = routed(case, False)
+    second, _, more = routed(padded, False)
+    assert chosen_sets(more[[t >= 0 for t in order]]) == chosen_sets(ids)
+    for name in ("demand", "assigned", "tokens", "dropped", "rerouted", "overflow_kept", "max_prefill_load"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def ranks_share_the_whole(case: Case, ranks: int) -> None:
+    """Every rank sees all tokens and decides alike; what ranks own, be they more than experts, is the whole."""
+    first, second = (routed(case, early_out=True) for _ in range(2))
+    assert all(
+        torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(first[1:], second[1:], strict=True)
+    )
+    ids = first[2]
+    parts = torch.zeros_like(ids)
+    for rank in range(ranks):
+        owned = [expert for expert in range(case.experts) if expert % ranks == rank]
+        expert_map = torch.full((case.experts,), -1, dtype=torch.int32)
+        expert_map[owned] = torch.arange(len(owned), dtype=torch.int32)
+        local = _map_local(ids, expert_map)
+        assert bool((local < max(1, len(owned))).all())
+        parts += local >= 0
+    assert torch.equal(parts, (ids >= 0).to(parts.dtype)), "a slot that no rank computes, or two do"
+
+
+@settings(max_examples=250, deadline=None)
+@given(case=cases(), early_out=st.booleans())
+def test_vectorised_equals_reference(case: Case, early_out: bool) -> None:
+    equals_reference(case, early_out)
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases(CAPPED), early_out=st.booleans(), by_index=st.booleans())
+def test_rules_hold_however_the_router_breaks_ties(case: Case, early_out: bool, by_index: bool) -> None:
+    rules_hold(case, early_out, by_index)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_padding_is_irrelevant(case: Case) -> None:
+    padding_is_irrelevant(case)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), ranks=st.integers(1, 16))
+def test_ranks_share_the_whole(case: Case, ranks: int) -> None:
+    ranks_share_the_whole(case, ranks)
+
+
+@pytest.mark.full
+@settings(max_examples=10_000, deadline=None)
+@given(case=cases(), early_out=st.booleans(), by_index=st.booleans(), ranks=st.integers(1, 16))
+def test_ten_thousand_router_outputs(case: Case, early_out: bool, by_index: bool, ranks: int) -> None:
+    equals_reference(case, early_out)
+    rules_hold(case, early_out, by_index)
+    padding_is_irrelevant(case)
+    ranks_share_the_whole(case, ranks)
 
 
 def test_capacity_is_exact_where_binary_fractions_are_not() -> None:
@@ -117,10 +196,52 @@ def test_everyone_wants_one_expert() -> None:
     assert drop.dropped == 8
 
 
-@pytest.mark.parametrize("fill", [float("nan"), float("inf"), 0.0])
-def test_degenerate_logits_are_defined(fill: float) -> None:
-    tokens = Tokens([[fill] * 4] * 6, [[0.25] * 4] * 6, [2] * 6)
-    want = assign(tokens, Overflow.REROUTE, Decimal(1))
-    got = run_fast(tokens, Overflow.REROUTE, Decimal(1))
-    assert [tuple(e for e in row if e >= 0) for row in got.experts.tolist()] == list(want.experts)
-    assert max(want.load(4)) <= 3
+def test_reroute_goes_k_plus_eight_rounds_down_the_ranking() -> None:
+    # All 24 tokens rank the last expert first, C is 2. Two rounds give 4 slots, the 20 left over fill experts 0 to 9.
+    # Ten rounds then find the room of experts 21 to 14; that of 13 to 10 is out of reach.
+    logits = torch.arange(24.0).repeat(24, 1)
+    knobs = ExpertKnobs(overflow=Overflow.REROUTE, capacity_factor_prefill=Decimal(1))
+    case = Case(Routing("softmax", True), 2, logits, (fast.PREFILL,) * 24, (0,) * 24, knobs)
+    for early_out in (False, True):
+        layer, _, _ = routed(case, early_out)
+        assert layer.assigned.tolist() == [2] * 10 + [0] * 4 + [2] * 10
+        assert int(layer.dropped) == 8
+    equals_reference(case, early_out=False)
+
+
+def test_drop_offers_a_token_no_more_than_its_own_k() -> None:
+    # All rank expert 3, 2, 1, 0; C = 8/4 = 2. Tokens 0 and 1 share expert 3, tokens 2 and 3 expert 2. What 0 misses
+    # is dropped, though expert 1 has room, which is among the choices of token 3 alone.
+    knobs = ExpertKnobs(overflow=Overflow.DROP, capacity_factor_prefill=Decimal(1))
+    logits = torch.arange(4.0).repeat(4, 1)
+    case = Case(Routing("softmax", True), 3, logits, (fast.PREFILL,) * 4, (2, 2, 1, 3), knobs)
+    for early_out in (False, True):
+        layer, _, out_ids = routed(case, early_out)
+        assert chosen_sets(out_ids) == [{3}, {3}, {2}, {1, 2}]
+        assert (int(layer.demand.sum()), int(layer.dropped)) == (8, 3)
+
+
+def test_where_groups_tie_those_of_the_router_are_open() -> None:
+    # Four groups of two, one open to each token. All scores are alike: by index group 0 is best, the router took 3.
+    ids = torch.tensor([[6, 7]] * 6, dtype=torch.int32)
+    knobs = ExpertKnobs(overflow=Overflow.REROUTE, capacity_factor_prefill=Decimal(1))
+    routing = Routing("sigmoid", True, groups=4, groups_per_token=1, by_gate=True)
+    rank = Case(routing, 2, torch.zeros(6, 8), (fast.PREFILL,) * 6, (0,) * 6, knobs).rank()
+    _, out_ids = rank.route(0, torch.full((6, 2), 0.5), ids, torch.zeros(6, 8))
+    assert set().union(*chosen_sets(out_ids)) == {6, 7}
+    assert (int(rank.layers[0].overflow_kept), int(rank.layers[0].dropped)) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("scores_in", "order"),
+    [
+        ([2.0, -1.0, 0.5, -3.0], [0, 2, 1, 3]),
+        ([0.0, -0.0, 0.0, 1e-45], [3, 0, 1, 2]),
+        ([float("nan"), float("-inf"), float("inf"), -1e38], [2, 3, 0, 1]),
+    ],
+    ids=["signs", "zeros alike", "NaN as minus infinity"],
+)
+def test_experts_are_preferred_by_score_then_by_index(scores_in: list[float], order: list[int]) -> None:
+    preferred = fast.preference(torch.tensor([scores_in]), torch.arange(4))[0]
+    assert sorted(range(4), key=lambda e: -int(preferred[e])) == order
+    assert len(set(preferred.tolist())) == 4
