@@ -64,6 +64,7 @@ ENGINE_CPU: tuple[Need, ...] = (
 )
 
 WORKER: tuple[Need, ...] = (
+    Parameters("vllm.model_executor.models.dbrx:DbrxModel.load_weights", ("self", "weights")),
     Parameters(f"{_ROUTER}.__init__", ("self", "top_k", "global_num_experts"), more=True),
     Parameters(f"{_ROUTER}._compute_routing", ROUTE),
     Parameters(f"{_RUNNER}._prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens"), more=True),

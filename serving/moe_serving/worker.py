@@ -17,11 +17,13 @@ import numpy as np
 import torch
 import vllm
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.models.dbrx import DbrxModel
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from moe_core.wire import ExpertKnobs
 from moe_serving import hooks
+from moe_serving.mends import find_dbrx_experts
 from moe_serving.plugin import enabled, wrap_once
 from moe_serving.rank import DECODE, PREFILL, RANK, now
 
@@ -29,6 +31,7 @@ from moe_serving.rank import DECODE, PREFILL, RANK, now
 def install() -> None:
     """Hook routers, the model runner and, on a CPU, the experts. Raises UnsupportedVllm before it hooks anything."""
     hooks.check(hooks.WORKER + (hooks.WORKER_CPU if current_platform.is_cpu() else ()), vllm.__version__)
+    wrap_once(DbrxModel, "load_weights", find_dbrx_experts)
     wrap_once(BaseRouter, "__init__", _register_router)
     wrap_once(GPUModelRunner, "_prepare_inputs", _note_phases)
     wrap_once(GPUModelRunner, "execute_model", _time_step)

@@ -215,3 +215,26 @@ def test_an_engine_whose_steps_are_not_seen_refuses_capacity(monkeypatch: pytest
         (row,) = worker.WorkerExtension.moestack_start(engine)
         assert (row["hooked"], row["experts"], row["top_k"]) == (False, 8, 2)
         assert why in row["why"]
+
+
+def test_dbrx_experts_are_found_where_this_vllm_keeps_them() -> None:
+    from moe_serving.mends import find_dbrx_experts
+
+    class Model:
+        def __init__(self, *names: str) -> None:
+            self.names = names
+
+        def named_parameters(self) -> list[tuple[str, int]]:
+            return [(name, 0) for name in self.names]
+
+        @find_dbrx_experts
+        def load_weights(self, weights: Any) -> list[str]:
+            return [name for name, _ in weights]
+
+    published = [("blocks.0.ffn.experts.mlp.w1", 1), ("blocks.0.ffn.router.layer.weight", 2), ("wte.weight", 3)]
+    assert Model("blocks.0.ffn.experts.routed_experts.w13_weight").load_weights(published) == [
+        "blocks.0.ffn.experts.routed_experts.mlp.w1",
+        "blocks.0.ffn.router.layer.weight",
+        "wte.weight",
+    ]
+    assert Model("blocks.0.ffn.experts.w13_weight").load_weights(published) == [name for name, _ in published]
