@@ -209,7 +209,8 @@ class MoEDeploymentSpec(SpecModel):
     )
 
     def experts_per_token(self) -> dict[str, int]:
-        """Tier → experts per token (k), for tiers whose k is set; `default` stands for every other."""
+        """Tier → experts per token (k), for tiers whose k is set: the others take the model's own. `default` is for
+        those whom no tier names."""
         counts = {} if self.experts.per_token is None else {DEFAULT_TIER: self.experts.per_token}
         for tier in self.tiers:
             if (count := tier.experts_per_token or self.experts.per_token) is not None:

@@ -103,6 +103,7 @@ def _as_written(resource: MoEDeployment, machine: Machine) -> Fit | Refused:
         size, room = (f"{amount / 2**30:.1f} GiB" for amount in (facts.weight_bytes, machine.memory_bytes))
         refuse("spec.model.id", f"weights of {size} on a machine with {room} of memory")
     problems += _context_problems(resource, facts)
+    problems += count_problems(resource, facts.top_k if facts else None)
     problems += gamma_problems(resource, facts.top_k if facts else None)
     if problems or facts is None:
         return Refused(tuple(problems))
@@ -235,6 +236,22 @@ class _Edit:
 
     def _tell(self, where: str, asked: object, used: object, why: str) -> None:
         self.changes.append(Change(field=where, asked=str(asked), used=str(used), why=why))
+
+
+def count_problems(resource: MoEDeployment, top_k: int | None) -> list[Problem]:
+    """Experts per token at most the checkpoint's own k, in every tier. Types check that they are at least 1."""
+    spec = resource.spec
+    rows = {"spec.experts.perToken": spec.experts.per_token}
+    rows |= {f"spec.tiers[{index}].expertsPerToken": tier.experts_per_token for index, tier in enumerate(spec.tiers)}
+    return [
+        Problem(
+            field=where,
+            message=f"{count}; the checkpoint routes each token to {top_k} experts",
+            remedy=f"set it to at most {top_k}",
+        )
+        for where, count in rows.items()
+        if count is not None and top_k is not None and count > top_k
+    ]
 
 
 def gamma_problems(resource: MoEDeployment, top_k: int | None) -> list[Problem]:

@@ -59,6 +59,7 @@ def gateway_config(
         revisions=(RevisionConfig(name=REVISION, url=url, board_url=board_url),),
         weights={REVISION: 100},
         slo=process_config.slo(resource),
+        tiers=process_config.tiers(resource.spec),
         targets=tuple(targets),
         spill=process_config.spill(resource.spec.fallback),
         limits=GatewayLimits(drain_s=DRAIN_S),

@@ -71,6 +71,13 @@ class GatewayLimits(Model):
     )
 
 
+class TierConfig(Model):
+    """A class of tenants, as the gateway tells them apart."""
+
+    name: str
+    tenants: tuple[str, ...] = Field(default=(), description="none: whoever asks for the tier may have it")
+
+
 class GatewayConfig(Model):
     """Everything a gateway process knows."""
 
@@ -84,6 +91,7 @@ class GatewayConfig(Model):
     weights: Percent
     weights_version: int = Field(default=0, ge=0, description="a signed command of a lower version changes nothing")
     slo: SloConfig
+    tiers: tuple[TierConfig, ...] | None = Field(default=None, description="None: every request is of tier default")
     targets: tuple[TargetConfig, ...] = ()
     spill: SpillConfig = SpillConfig()
     limits: GatewayLimits = GatewayLimits()

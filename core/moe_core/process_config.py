@@ -14,7 +14,7 @@ from typing import Any, Literal
 from moe_api.enums import AuthMode, Toggle
 from moe_api.spec_engine import EngineMetrics
 from moe_api.spec_gateway import BudgetStore
-from moe_api.spec_traffic import TargetLimits
+from moe_api.spec_traffic import TargetLimits, TierSlo
 from moe_api.v1alpha1 import (
     Egress,
     EngineKind,
@@ -27,7 +27,7 @@ from moe_api.v1alpha1 import (
     Overflow,
     Provider,
 )
-from moe_core.config import KnobBounds, ServingConfig, SloConfig, SpillConfig, TargetConfig
+from moe_core.config import KnobBounds, ServingConfig, SloConfig, SpillConfig, TargetConfig, TierConfig
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs
 from moe_core.wire import Overflow as WireOverflow
 
@@ -73,6 +73,11 @@ class Problem:
 def slo(resource: MoEDeployment) -> SloConfig:
     spec = resource.spec.slo
     return SloConfig(ttft_p95_s=spec.ttft_p95.seconds, itl_p95_s=spec.itl_p95.seconds)
+
+
+def tiers(spec: MoEDeploymentSpec) -> tuple[TierConfig, ...] | None:
+    """What the gateway is told of tiers; None where there are none."""
+    return tuple(TierConfig(name=tier.name, tenants=tier.tenants) for tier in spec.tiers) or None
 
 
 def boot_knobs(resource: MoEDeployment) -> Knobs:
@@ -207,10 +212,11 @@ def unheeded(spec: MoEDeploymentSpec) -> tuple[tuple[str, str], ...]:
     """(field, why) of what is set and has no effect in this version: allowed, and said, as it guards nothing."""
     gateway, monitoring = spec.gateway, spec.monitoring
     found = []
-    if spec.tiers:
-        found.append(("spec.tiers", "the gateway does not tell tenants apart yet, so every request is of tier default"))
+    for index, tier in enumerate(spec.tiers):
+        if tier.slo != TierSlo():
+            found.append((f"spec.tiers[{index}].slo", "the gateway keeps spec.slo for every tier"))
     if spec.quality.tiers:
-        found.append(("spec.quality.tiers", "as long as every request is of tier default, spec.quality alone counts"))
+        found.append(("spec.quality.tiers", "the tuner keeps spec.quality for every tier"))
     for index, target in enumerate(spec.fallback.targets):
         place = f"spec.fallback.targets[{index}]"
         if target.limits != TargetLimits():
@@ -244,7 +250,7 @@ def forbidden(spec: MoEDeploymentSpec, target: FallbackTarget) -> str | None:
         return "spec.fallback.dataPolicy.regions does not hold its region"
     barred = [tier.name for tier in spec.tiers if tier.fallback == FallbackRight.NEVER]
     if barred:
-        return f"tier {barred[0]} may not spill, and the gateway does not tell tiers apart yet"
+        return f"tier {barred[0]} may not spill, and the gateway does not spill by tier yet"
     return None
 
 

@@ -35,7 +35,9 @@ class ExpertKnobs(Model):
     overflow: Overflow = Overflow.UNLIMITED
     capacity_factor_prefill: Decimal | None = Field(default=None, gt=0)
     capacity_factor_decode: Decimal | None = Field(default=None, gt=0)
-    per_token: dict[str, int] = Field(default_factory=dict, description="tier name → experts per token (k)")
+    per_token: dict[str, int] = Field(
+        default_factory=dict, description="tier name → experts per token (k); a tier not named takes the model's own"
+    )
 
     @field_serializer("capacity_factor_prefill", "capacity_factor_decode", when_used="json-unless-none")
     def _decimal(self, value: Decimal) -> str:

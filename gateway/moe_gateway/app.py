@@ -13,6 +13,7 @@ from moe_gateway.openai_api import ApiError, Endpoint, parse
 from moe_gateway.proxy import route
 from moe_gateway.responder import Message, Receive, Responder, Send
 from moe_gateway.state import Gateway
+from moe_gateway.tiers import check_arguments, tier_from
 from moe_gateway.upstream import Rejected
 
 PREFIX = "/v1"
@@ -59,6 +60,7 @@ class App:
         call = self._gateway.begin(request_id, task)
         call.endpoint = endpoint.value
         try:
+            call.tier = tier_from(self._gateway.config, headers)
             await self._answer(endpoint, headers, receive, out, call)
         except ClientGone:
             call.outcome = Outcome.CANCELLED
@@ -92,6 +94,7 @@ class App:
         if request.model != gateway.config.model:
             message = f"the model {request.model[:200]!r} does not exist; there is {gateway.config.model!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
+        check_arguments(request)
         call.stream = request.stream
         call.enter(Phase.DECIDING, gateway.clock.monotonic())
         watch = asyncio.create_task(_watch(receive, call, out))

@@ -108,6 +108,7 @@ class Attempt:
             self._upstream,
             self._request,
             request_id=self._call.request_id,
+            tier=self._call.tier,
             output_cap=limits.spill_output_tokens,
             response_s=limits.response_s,
         )

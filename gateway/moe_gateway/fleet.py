@@ -63,13 +63,13 @@ def renew(fleet: Fleet, config: GatewayConfig, clock: Clock) -> Fleet:
 
 
 def _revision(fleet: Fleet, revision: RevisionConfig) -> Upstream:
-    url = revision.url.rstrip("/")
+    url, ours = revision.url.rstrip("/"), revision.board_url is not None
     for known in fleet.all:
-        if known.local and (known.name, known.base_url) == (revision.name, url):
+        if known.local and (known.name, known.base_url, known.ours) == (revision.name, url, ours):
             return known
     # Revisions of one deployment tokenize alike, so that a new one need not learn it again.
     tokens_per_byte = fleet.revisions[0].tokens_per_byte if fleet.revisions else TOKENS_PER_BYTE_PRIOR
-    return Upstream(revision.name, url, tokens_per_byte=tokens_per_byte)
+    return Upstream(revision.name, url, tokens_per_byte=tokens_per_byte, ours=ours)
 
 
 def _target(fleet: Fleet, index: int, target: TargetConfig, clock: Clock) -> Upstream:

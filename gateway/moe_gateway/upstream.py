@@ -20,6 +20,7 @@ from moe_core.spill import EngineReport
 from moe_gateway.ledger import Ledger
 from moe_gateway.openai_api import ApiRequest, rewrite
 from moe_gateway.settings import KeyFile
+from moe_gateway.tiers import engine_body
 
 OVERLOAD_STATUSES = frozenset({429, 503, 529})
 RETRY_STATUSES = frozenset({408, *OVERLOAD_STATUSES})
@@ -77,6 +78,8 @@ class Upstream:
     report: EngineReport | None = None
     report_at_s: float = 0.0
     tokens_per_byte: float = TOKENS_PER_BYTE_PRIOR
+    ours: bool = False
+    """Whether it is an engine of this project, which has a board and knows tiers."""
 
     @property
     def local(self) -> bool:
@@ -117,6 +120,7 @@ async def send(
     request: ApiRequest,
     *,
     request_id: str,
+    tier: str,
     output_cap: int,
     response_s: float,
 ) -> aiohttp.ClientResponse:
@@ -125,7 +129,7 @@ async def send(
     Raises UpstreamFailed where another upstream may be tried, Rejected for a client error.
     """
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "X-Request-Id": request_id}
-    body = request.raw
+    body = engine_body(request, tier) if upstream.ours else request.raw
     if upstream.target is not None:
         body = rewrite(request, upstream.target, output_cap if upstream.priced else None)
         if upstream.key is not None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moe_serving.tiers import settle_preempted
+
 UTILITIES = ("moestack_set_limits", "moestack_scheduler_state")
 
 
@@ -91,9 +93,11 @@ def moestack_scheduler_state(self: Any) -> dict[str, float]:
 def count_preemptions(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the scheduler's method that pushes a request out of the KV cache."""
 
-    def preempt_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._moestack_preemptions = getattr(self, "_moestack_preemptions", 0) + 1
-        return original(self, *args, **kwargs)
+        answer = original(self, request, *args, **kwargs)
+        settle_preempted(self, request)
+        return answer
 
     return preempt_request
 

@@ -51,10 +51,20 @@ ENGINE: tuple[Need, ...] = (
         "vllm.v1.core.sched.scheduler:Scheduler",
         (
             "max_num_active_reqs", "max_num_scheduled_tokens", "max_num_running_reqs", "running", "waiting",
-            "scheduler_config", "kv_cache_manager", "max_model_len",
+            "scheduler_config", "kv_cache_manager", "max_model_len", "requests",
         ),
     ),
     Attributes("vllm.v1.engine.core:EngineCore", ("scheduler",)),
+    Parameters("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("self", "request")),
+    Parameters("vllm.v1.engine.core:EngineCore.add_request", ("self", "request"), more=True),
+    Parameters("vllm.v1.engine.core:EngineCore.collective_rpc", ("self", "method"), more=True),
+    Parameters(
+        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks", ("self", "request"), more=True
+    ),
+    Attributes(
+        "vllm.v1.request:Request",
+        ("cache_salt", "sampling_params", "num_computed_tokens", "block_hashes", "update_block_hashes"),
+    ),
 )  # fmt: skip
 """Of every vLLM process."""
 
@@ -71,6 +81,7 @@ WORKER: tuple[Need, ...] = (
     Parameters(f"{_RUNNER}.execute_model", ("self", "scheduler_output"), more=True),
     Parameters(f"{_RUNNER}.load_model", ("self",), more=True),
     Attributes(_RUNNER, ("input_batch", "requests", "get_model")),
+    Attributes("vllm.v1.worker.gpu_input_batch:CachedRequestState", ("num_tokens", "sampling_params")),
     Attributes(
         "vllm.v1.worker.gpu_input_batch:InputBatch",
         ("num_reqs", "req_ids", "num_computed_tokens_cpu", "num_prompt_tokens"),

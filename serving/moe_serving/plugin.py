@@ -39,10 +39,11 @@ def register() -> None:
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    from moe_serving import engine_core, hooks
+    from moe_serving import engine_core, hooks, tiers
 
     hooks.check(hooks.ENGINE + (hooks.ENGINE_CPU if current_platform.is_cpu() else ()), vllm.__version__)
     wrap_once(EngineArgs, "create_engine_config", _with_worker_extension)
@@ -50,6 +51,10 @@ def register() -> None:
         wrap_once(SpinCondition, "__init__", _spin_briefly)
         wrap_once(SpinCondition, "wait", _recheck_often)
     wrap_once(Scheduler, "_preempt_request", engine_core.count_preemptions)
+    wrap_once(EngineCore, "preprocess_add_request", tiers.salt_request)
+    wrap_once(EngineCore, "add_request", tiers.settle_new)
+    wrap_once(EngineCore, "collective_rpc", tiers.follow_knobs)
+    wrap_once(KVCacheCoordinator, "cache_blocks", tiers.cache_unless_straddling)
     for name in engine_core.UTILITIES:
         if not hasattr(EngineCore, name):
             setattr(EngineCore, name, getattr(engine_core, name))

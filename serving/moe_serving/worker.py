@@ -191,6 +191,7 @@ class WorkerExtension:
         return {
             "rank": int(self.rank),
             "version": RANK.knobs_version,
+            "knobs": RANK.knobs.model_dump_json(by_alias=True, exclude_none=True),
             "step": RANK.steps,
             "at_s": time.time(),
             "error": error,

@@ -177,6 +177,37 @@ def test_a_resource_that_fits_is_served_as_it_is() -> None:
     assert config.trusted_keys == ("PEM",)
 
 
+@pytest.mark.parametrize(
+    ("name", "groups", "fields"),
+    [
+        ("for all", {"experts": {"perToken": 5}}, ["spec.experts.perToken"]),
+        (
+            "of one tier of two",
+            {"tiers": [{"name": "gold", "expertsPerToken": 4}, {"name": "vast", "expertsPerToken": 8}]},
+            ["spec.tiers[1].expertsPerToken"],
+        ),
+    ],
+)
+def test_more_experts_per_token_than_the_checkpoint_has_are_refused(
+    name: str, groups: dict[str, Any], fields: list[str]
+) -> None:
+    found = refused(plan(resource(**groups), machine(checkpoint=LOCAL), options()))
+    assert [problem.field for problem in found.problems] == fields
+    assert all(problem.remedy == "set it to at most 4" for problem in found.problems)
+
+
+def test_tiers_reach_the_gateway_and_the_engine() -> None:
+    tiers = [{"name": "gold", "tenants": ["acme"], "expertsPerToken": 4}, {"name": "batch", "expertsPerToken": 2}]
+    stack = made(plan(resource(tiers=tiers), machine(checkpoint=LOCAL), options()))
+    assert gateway(stack).to_json()["tiers"] == [
+        {"name": "gold", "tenants": ["acme"]},
+        {"name": "batch", "tenants": []},
+    ]
+    knobs = serving(stack).boot_knobs
+    assert knobs is not None
+    assert knobs.experts.per_token == {"gold": 4, "batch": 2}
+
+
 def test_a_local_checkpoint_that_fits_stays_with_tiny() -> None:
     stack = made(plan(resource(), machine(checkpoint=LOCAL), options(tiny=True)))
     assert serving(stack).source == "/models/q"

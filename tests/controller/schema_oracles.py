@@ -34,6 +34,7 @@ NOT_ASKED = (
 )
 SILENT = {
     **dict.fromkeys(("experts.capacityFactor", "experts.perToken", "quality.minExpertsPerToken"), TUNED),
+    "tiers[].expertsPerToken": TUNED,
     **dict.fromkeys(("tuning.bounds.", "tuning.pins.", "tuning.changeBudget.", "tuning.paused"), TUNED),
     "monitoring.prometheus.": TUNED,
     "upgrade.": ROLLED,
@@ -43,7 +44,7 @@ SILENT = {
 }
 """Leaves, by the beginning of their path, whose changes show in no child and in no condition, and why."""
 UNHEEDED = {
-    **dict.fromkeys(("tiers[].name", "tiers[].tenants", "tiers[].slo.", "tiers[].expertsPerToken"), "spec.tiers"),
+    "tiers[].slo.": "spec.tiers[0].slo",
     "quality.tiers[].": "spec.quality.tiers",
     "gateway.budgetStore.": "spec.gateway.budgetStore",
     "fallback.targets[].limits.": "spec.fallback.targets[0].limits",

@@ -153,6 +153,7 @@ def gateway_config(
         weights={revision.name: weights.get(revision.name, 0) for revision in known},
         weights_version=weights_version,
         slo=process_config.slo(resource),
+        tiers=process_config.tiers(resource.spec),
         targets=tuple(_target(target) for target in used(resource)),
         spill=spill.model_copy(update={"usd_per_day": _share(resource, spill.usd_per_day)}),
         limits=GatewayLimits(drain_s=DRAIN_S),

@@ -1,0 +1,57 @@
+"""A request's tier at the gateway: read from its headers, and written into the body that our own engine gets.
+
+The engine believes what stands in the body, so what a client puts there under our names is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+
+from moe_api.spec import DEFAULT_TIER
+from moe_core.config import GatewayConfig
+from moe_core.tiers import RESERVED_ARGUMENTS, TIER_ARGUMENT, TierRefused, tier_of
+from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint
+
+TENANT_HEADER, TIER_HEADER = "x-moestack-tenant", "x-moestack-tier"
+_ARGUMENTS = "vllm_xargs"
+
+
+def tier_from(config: GatewayConfig, headers: Mapping[bytes, bytes]) -> str:
+    """The tier of a request with these headers. Raises ApiError 403 for a tier that the request may not have."""
+    tenant, claim = (
+        None if raw is None else raw.decode("latin-1").strip()
+        for raw in (headers.get(TENANT_HEADER.encode()), headers.get(TIER_HEADER.encode()))
+    )
+    try:
+        return tier_of(config.tiers or (), tenant, claim)
+    except TierRefused as refused:
+        raise ApiError(403, str(refused), kind="permission_error", code="tier_refused", param=TIER_HEADER) from None
+
+
+def check_arguments(request: ApiRequest) -> None:
+    """Refuse what a client set under names that are ours. Raises ApiError 400."""
+    arguments = request.document.get(_ARGUMENTS)
+    if arguments is None:
+        return
+    if not isinstance(arguments, dict):
+        raise ApiError(400, f"{_ARGUMENTS}: must be an object", code="invalid_type", param=_ARGUMENTS)
+    for name in arguments:
+        if name.startswith(RESERVED_ARGUMENTS):
+            message = f"{_ARGUMENTS}.{name[:100]}: is the gateway's to set; ask for a tier by the header {TIER_HEADER}"
+            raise ApiError(400, message, code="reserved_parameter", param=_ARGUMENTS)
+
+
+def engine_body(request: ApiRequest, tier: str) -> bytes:
+    """The body for our own engine: the client's bytes as they are, or with the request's tier. The request's arguments
+    have passed `check_arguments`."""
+    told = tier != DEFAULT_TIER and request.endpoint is not Endpoint.EMBEDDINGS
+    if not told and _ARGUMENTS not in request.document:
+        return request.raw
+    document = dict(request.document)
+    if told:
+        document[_ARGUMENTS] = {**(document.get(_ARGUMENTS) or {}), TIER_ARGUMENT: tier}
+    # Written anew even where nothing was added: what was checked is what the engine reads, whatever its parser makes
+    # of a name that is given twice.
+    return orjson.dumps(document)
