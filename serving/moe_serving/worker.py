@@ -13,7 +13,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import vllm
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -23,9 +22,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from moe_core.wire import ExpertKnobs
 from moe_serving import hooks
+from moe_serving.batch import step_of
 from moe_serving.mends import find_dbrx_experts
 from moe_serving.plugin import enabled, wrap_once
-from moe_serving.rank import DECODE, PREFILL, RANK, now
+from moe_serving.rank import RANK, now
 
 
 def install() -> None:
@@ -139,13 +139,14 @@ def _note_phases(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         batch = self.input_batch
         count = batch.num_reqs
-        computed, prompt = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
-        scheduled = num_scheduled_tokens[:count]
-        phases = np.where(computed >= prompt, DECODE, PREFILL).astype(np.uint8)
-        # A request yields a token in every step but those that end inside what it has: its prompt, and after it was
-        # pushed out of the KV cache its own earlier tokens too.
-        have = np.fromiter((self.requests[name].num_tokens for name in batch.req_ids[:count]), np.int64, count)
-        RANK.begin_step(np.repeat(phases, scheduled), generated=int((computed + scheduled >= have).sum()))
+        step = step_of(
+            batch.num_computed_tokens_cpu[:count],
+            batch.num_prompt_tokens[:count],
+            num_scheduled_tokens[:count],
+            [self.requests[name] for name in batch.req_ids[:count]],
+            RANK.knobs.per_token,
+        )
+        RANK.begin_step(step.phase, step.generated, step.k)
         return original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     return prepare_inputs

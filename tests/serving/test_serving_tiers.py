@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from moe_core.tiers import cache_salt
 from moe_core.wire import ExpertKnobs
 from moe_serving import tiers
+from moe_serving.batch import step_of
+from moe_serving.capacity import DECODE, PREFILL
 from moe_serving.engine_core import count_preemptions
 from moe_serving.plugin import wrap_once
 from moe_serving.tiers import experts_of_requests, tier_of
@@ -55,6 +58,61 @@ def test_k_of_a_batch(name: str, batch: list[Any], per_token: dict[str, int], wa
     k = experts_of_requests(batch, per_token)
     assert (None if k is None else k.tolist()) == want
     assert k is None or k.dtype == "int64"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request of a batch, in tokens: computed before this step, of its prompt, of this step, all that it has."""
+
+    computed: int
+    prompt: int
+    scheduled: int
+    have: int
+    tier: str | None = None
+
+
+P, D = PREFILL, DECODE
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "per_token", "phase", "generated", "k"),
+    [
+        ("a whole prompt", [Row(0, 3, 3, 3)], {}, [P, P, P], 1, None),
+        ("part of a prompt, with a tier", [Row(0, 3, 2, 3, "gold")], {"gold": 2}, [P, P], 0, [2, 2]),
+        ("a decode", [Row(4, 3, 1, 5)], {}, [D], 1, None),
+        ("its own tokens again, after preemption", [Row(0, 2, 3, 4)], {}, [P, P, P], 0, None),
+        (
+            "mixed tiers and phases",
+            [Row(2, 4, 2, 4, "gold"), Row(5, 4, 1, 6), Row(0, 3, 1, 3, "batch"), Row(4, 4, 1, 5, "batch")],
+            {"gold": 3, "batch": 1},
+            [P, P, D, P, D],
+            3,
+            [3, 3, 0, 1, 1],
+        ),
+        ("tiers without a k", [Row(4, 4, 1, 5, "draft")], {"gold": 2}, [D], 1, None),
+        (
+            "k for those without a tier",
+            [Row(0, 2, 2, 2), Row(4, 4, 1, 5, "gold")],
+            {"default": 2},
+            [P, P, D],
+            2,
+            [2, 2, 0],
+        ),
+        ("an empty batch", [], {"gold": 2}, [], 0, None),
+    ],
+)
+def test_a_step_by_token(
+    name: str, rows: list[Row], per_token: dict[str, int], phase: list[int], generated: int, k: list[int] | None
+) -> None:
+    step = step_of(
+        np.array([row.computed for row in rows], np.int32),
+        np.array([row.prompt for row in rows], np.int32),
+        np.array([row.scheduled for row in rows], np.int32),
+        [SimpleNamespace(num_tokens=row.have, sampling_params=params(row.tier)) for row in rows],
+        per_token,
+    )
+    assert (step.phase.tolist(), step.generated) == (phase, generated)
+    assert (None if step.k is None else step.k.tolist()) == k
 
 
 @dataclass
