@@ -24,6 +24,7 @@ from moe_core.wire import ExpertKnobs, Overflow
 GAMMAS = (Decimal("1"), Decimal("1.25"), Decimal("1.5"), Decimal("2"))
 POLICIES = (Overflow.REROUTE, Overflow.DROP, Overflow.EXPERT_CHOICE)
 SEQUENCES_A_STEP = 8
+RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,19 @@ class Held:
         layer = self.rank.layers[index]
         demand, assigned = layer.demand.clone(), layer.assigned.clone()
         weights, ids = self.rank.route(index, weights, ids, logits)
-        seen.falls.append(float((layer.demand - demand).max() / (layer.assigned - assigned).max()))
+        asked, held = layer.demand - demand, layer.assigned - assigned
+        seen.falls.append(float(asked.max() / held.max()))
+        seen.rank_falls.append(float(asked.view(RANKS, -1).sum(1).max() / held.view(RANKS, -1).sum(1).max()))
         # The model takes no -1: an empty slot is any expert with the weight of nothing.
         return logits, weights, torch.where(ids < 0, 0, ids)
 
 
 @dataclass
 class Seen:
-    """What capacity did, over all steps and layers. `falls`: the largest expert load before over after, by step."""
+    """What capacity did, over all steps and layers.
+
+    `falls` and `rank_falls`: the largest load of an expert, and of a rank that owns neighbours, before over after.
+    """
 
     slots: int = 0
     dropped: int = 0
@@ -106,6 +112,7 @@ class Seen:
     tokens: int = 0
     lost_gate_mass: float = 0.0
     falls: list[float] = field(default_factory=list)
+    rank_falls: list[float] = field(default_factory=list)
 
     @staticmethod
     def of(rank: Any) -> Seen:
@@ -152,7 +159,8 @@ def measure(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
             "dropped": round(seen.dropped / seen.slots, 5),
             "rerouted": round(seen.rerouted / seen.slots, 5),
             "lost_gate_mass": round(seen.lost_gate_mass / seen.tokens, 5),
-            "expert_load_fall": round(statistics.median(seen.falls), 3) if seen.falls else 1.0,
+            "expert_load_fall": round(statistics.median(seen.falls), 3),
+            "rank_load_fall": round(statistics.median(seen.rank_falls), 3),
         }
         say(f"{setting.name}: perplexity {ppl:.4f}, {rows[setting.name]}")
     return {
