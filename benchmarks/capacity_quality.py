@@ -23,7 +23,7 @@ from moe_core.wire import ExpertKnobs, Overflow
 
 GAMMAS = (Decimal("1"), Decimal("1.25"), Decimal("1.5"), Decimal("2"))
 POLICIES = (Overflow.REROUTE, Overflow.DROP, Overflow.EXPERT_CHOICE)
-SEQUENCES_A_STEP = 8
+SEQUENCES_A_STEP = 16
 RANKS = 2
 
 
