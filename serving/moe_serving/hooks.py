@@ -74,6 +74,8 @@ ENGINE_CPU: tuple[Need, ...] = (
 )
 
 WORKER: tuple[Need, ...] = (
+    Parameters("vllm.distributed.parallel_state:get_tp_group", ()),
+    Attributes("vllm.distributed.parallel_state:GroupCoordinator", ("cpu_group", "world_size")),
     Parameters("vllm.model_executor.models.dbrx:DbrxModel.load_weights", ("self", "weights")),
     Parameters(f"{_ROUTER}.__init__", ("self", "top_k", "global_num_experts"), more=True),
     Parameters(f"{_ROUTER}._compute_routing", ROUTE),

@@ -116,6 +116,12 @@ class Rank:
             self.token_k[now:before].zero_()
         self.batch = now
 
+    def check(self, knobs: ExpertKnobs) -> None:
+        """Raises KnobsRefused if a layer cannot follow."""
+        for layer in self.layers:
+            _check_k(layer, knobs)
+            _check_capacity(layer, knobs)
+
     def apply(self, knobs: ExpertKnobs, version: int) -> None:
         """Put knobs in force from the next step on. Raises KnobsRefused and changes nothing if a layer cannot follow.
 
@@ -124,9 +130,7 @@ class Rank:
         """
         if version <= self.knobs_version and version > 0:
             return
-        for layer in self.layers:
-            _check_k(layer, knobs)
-            _check_capacity(layer, knobs)
+        self.check(knobs)
         self.overflow.fill_(MODES[knobs.overflow])
         gammas = (knobs.capacity_factor_prefill, knobs.capacity_factor_decode)
         micro = torch.tensor([0 if gamma is None else int(gamma * GAMMA_SCALE) for gamma in gammas])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.models.dbrx import DbrxModel
 from vllm.platforms import current_platform
@@ -22,6 +23,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from moe_core.wire import ExpertKnobs
 from moe_serving import hooks
+from moe_serving.agreement import Proposal, everyone, objection
 from moe_serving.batch import step_of
 from moe_serving.mends import find_dbrx_experts
 from moe_serving.plugin import enabled, wrap_once
@@ -182,13 +184,21 @@ class WorkerExtension:
         ]
 
     def moestack_apply(self: Any, knobs: str, version: int) -> dict[str, Any]:
-        """Put expert knobs (JSON) in force; answers with what is in force then, and an error where it was refused."""
-        error = None
+        """Put expert knobs (JSON) in force, on all ranks that route the same tokens or on none; answers with what is in
+        force then, and an error where it was refused."""
+        error, wanted = None, ExpertKnobs()
         number_missed(self)
         try:
-            RANK.apply(ExpertKnobs.model_validate_json(knobs), version)
+            wanted = ExpertKnobs.model_validate_json(knobs)
+            if version > RANK.knobs_version or version == 0:
+                RANK.check(wanted)
         except ValueError as refused:
             error = str(refused)
+        group = get_tp_group()
+        proposal = Proposal(int(self.rank), version, knobs, RANK.knobs_version, error)
+        error = objection(everyone(proposal, group.cpu_group, group.world_size))
+        if error is None:
+            RANK.apply(wanted, version)
         return {
             "rank": int(self.rank),
             "version": RANK.knobs_version,

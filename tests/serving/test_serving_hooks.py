@@ -209,6 +209,7 @@ def test_an_engine_whose_steps_are_not_seen_refuses_capacity(monkeypatch: pytest
         (object.__new__(worker.GPUModelRunner), torch.nn.Module(), "no layer of Module passes vLLM's routers"),
     ):
         monkeypatch.setattr(worker, "RANK", Rank())
+        monkeypatch.setattr(worker, "get_tp_group", lambda: SimpleNamespace(cpu_group=None, world_size=1))
         engine = SimpleNamespace(model_runner=runner, model_config=config, get_model=lambda model=model: model, rank=0)
         answer = worker.WorkerExtension.moestack_apply(engine, reroute, 1)
         assert why in answer["error"]
