@@ -91,6 +91,27 @@ ENGINE_OUTPUT_TOKENS = _counter("moestack_engine_generation_tokens_total", _REPL
 ENGINE_PREEMPTIONS = _counter("moestack_engine_preemptions_total", _REPLICA, "Requests pushed out of the KV cache")
 ENGINE_STEPS = _counter("moestack_engine_steps_total", _REPLICA, "Forward passes")
 ENGINE_BUSY = _counter("moestack_engine_busy_seconds_total", _REPLICA, "Seconds in forward passes, slowest rank")
+ENGINE_DECODE_STEPS = _counter("moestack_engine_decode_steps_total", _REPLICA, "Forward passes without a prefill token")
+ENGINE_DECODE_BUSY = _counter(
+    "moestack_engine_decode_busy_seconds_total", _REPLICA, "Seconds in forward passes without a prefill token"
+)
+ENGINE_DECODE_BYTES = _counter(
+    "moestack_engine_decode_read_bytes_total",
+    _REPLICA,
+    "Bytes of weights (experts touched, and all else once) and KV cache that those passes had to read",
+)
+ENGINE_FLOPS = _counter(
+    "moestack_engine_flops_total", _REPLICA, "Floating-point operations of all passes, from parameters and slots"
+)
+ENGINE_TOUCHED = _gauge(
+    "moestack_engine_experts_touched", _REPLICA, "Distinct experts in a layer and decode step, mean of the last window"
+)
+ENGINE_SMBU = _gauge(
+    "moestack_engine_smbu_ratio", _REPLICA, "S-MBU of the last window: bytes read over peak bandwidth, decode passes"
+)
+ENGINE_SMFU = _gauge(
+    "moestack_engine_smfu_ratio", _REPLICA, "S-MFU of the last window: operations over peak arithmetic, all passes"
+)
 RANK_MOE_SECONDS = _counter("moestack_rank_moe_seconds_total", (*_REPLICA, "rank"), "Seconds in expert kernels")
 BOARD_REPLICAS = _gauge("moestack_board_replicas", ("deployment", "revision"), "Replicas registered with the board")
 

@@ -139,6 +139,23 @@ class EngineDigest(Model):
     rank_moe_s_total: tuple[float, ...] = Field(default=(), description="seconds in expert kernels by EP rank")
 
 
+class Utilisation(Model):
+    """Use of the hardware by the work that was asked for. Rates are of the window, over time in forward passes.
+
+    S-MBU and S-MFU are None where the hardware's peaks are not known (a CPU), and while nothing runs.
+    """
+
+    decode_steps_total: int = Field(default=0, ge=0, description="forward passes without a prefill token")
+    decode_busy_s_total: float = Field(default=0.0, ge=0, description="seconds in them, slowest rank")
+    decode_bytes_total: float = Field(default=0.0, ge=0, description="bytes of weights and KV cache that they read")
+    flops_total: float = Field(default=0.0, ge=0, description="floating-point operations of all forward passes")
+    experts_touched: float | None = Field(default=None, description="distinct experts a layer and decode step, mean")
+    bytes_s: float | None = Field(default=None, description="decode_bytes over decode seconds")
+    flops_s: float | None = None
+    s_mbu: float | None = Field(default=None, description="bytes_s over peak bandwidth")
+    s_mfu: float | None = Field(default=None, description="flops_s over peak arithmetic")
+
+
 class ReplicaDigest(Model):
     """What a replica reports to the board each second."""
 
@@ -151,6 +168,7 @@ class ReplicaDigest(Model):
     knobs_version: int = Field(default=0, description="lowest version in force on any rank; 0 is boot")
     knobs: ExpertKnobs = ExpertKnobs()
     engine: EngineDigest
+    utilisation: Utilisation | None = Field(default=None, description="None: the shapes of the model are not known")
     layers: tuple[LayerDigest, ...] = ()
 
 

@@ -114,12 +114,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A GPU. `memory_bytes` is all that the driver reports."""
+    """A GPU. `memory_bytes` is all that the driver reports. Peaks are None where no source was found.
+
+    `flops` is dense arithmetic a second by bytes of an operand: 2 (BF16, FP16) or 1 (FP8).
+    """
 
     name: str
     memory_bytes: int
     gpus_per_node: int
     figures: Mapping[str, Figure] = field(repr=False, compare=False)
+    bandwidth_bytes_s: float | None = None
+    flops: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +295,11 @@ def _accelerator(name: str, entry: Mapping[str, Any]) -> Accelerator:
     if memory <= 0:
         raise CatalogInvalid(f"accelerators.toml: {name}.memory", "must be above zero")
     per_node = figures["gpus_per_node"].value if "gpus_per_node" in figures else 8
-    return Accelerator(name, int(memory), per_node, figures)
+    bandwidth = figures["bandwidth_gb_s"].value * GB if "bandwidth_gb_s" in figures else None
+    flops = {
+        size: figures[key].value * 1e12 for size, key in ((2, "tflops_16bit"), (1, "tflops_8bit")) if key in figures
+    }
+    return Accelerator(name, int(memory), per_node, figures, bandwidth, flops)
 
 
 def _precision(name: str, entry: Mapping[str, Any]) -> Precision:

@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from moe_core import metrics
-from moe_core.wire import LayerDigest, Overflow, ReplicaDigest
+from moe_core.wire import LayerDigest, Overflow, ReplicaDigest, Utilisation
 
 _LAYER_ROWS: tuple[tuple[metrics.Metric, Callable[[LayerDigest], float | None]], ...] = (
     (metrics.EXPERT_SLOTS, lambda d: d.slots_total),
@@ -40,6 +40,17 @@ _REPLICA_ROWS: tuple[tuple[metrics.Metric, Callable[[ReplicaDigest], float]], ..
 )
 
 
+_UTILISATION_ROWS: tuple[tuple[metrics.Metric, Callable[[Utilisation], float | None]], ...] = (
+    (metrics.ENGINE_DECODE_STEPS, lambda u: u.decode_steps_total),
+    (metrics.ENGINE_DECODE_BUSY, lambda u: u.decode_busy_s_total),
+    (metrics.ENGINE_DECODE_BYTES, lambda u: u.decode_bytes_total),
+    (metrics.ENGINE_FLOPS, lambda u: u.flops_total),
+    (metrics.ENGINE_TOUCHED, lambda u: u.experts_touched),
+    (metrics.ENGINE_SMBU, lambda u: u.s_mbu),
+    (metrics.ENGINE_SMFU, lambda u: u.s_mfu),
+)
+
+
 class DigestCollector(Collector):
     """Builds the families at each scrape from `digests()`; holds no state, so a counter is the replica's own."""
 
@@ -59,6 +70,13 @@ class DigestCollector(Collector):
             family = _family(row)
             for digest in digests:
                 family.add_metric(self._labels(digest), float(read(digest)))
+            yield family
+        for use_row, read_use in _UTILISATION_ROWS:
+            family = _family(use_row)
+            for digest in digests:
+                use = None if digest.utilisation is None else read_use(digest.utilisation)
+                if use is not None:
+                    family.add_metric(self._labels(digest), float(use))
             yield family
         for layer_row, read_layer in _LAYER_ROWS:
             family = _family(layer_row)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from moe_core.clock import Clock, SystemClock
+from moe_core.log import get_log
 from moe_core.wire import Ack, Knobs, ReplicaDigest
 from moe_serving import digest as digests
 from moe_serving.digest import Identity, Totals
+from moe_serving.utilisation import UNKNOWN, Peaks, Shapes, combined
 
 CALL_TIMEOUT_S = 30.0
+
+log = get_log("control")
+
+Peak = Callable[[int, int], Peaks]
+"""(devices, bytes of a weight) → what the hardware can do at best."""
+
+
+def _unknown(_devices: int, _weight_bytes: int) -> Peaks:
+    return UNKNOWN
 
 
 class EngineDead(Exception):
@@ -57,12 +69,20 @@ class Control:
     """Applies knobs whole or not at all, and builds digests."""
 
     def __init__(
-        self, engine: Engine, replica: str, revision: str, clock: Clock | None = None, model: str = ""
+        self,
+        engine: Engine,
+        replica: str,
+        revision: str,
+        clock: Clock | None = None,
+        model: str = "",
+        peak: Peak = _unknown,
     ) -> None:
         self._engine = engine
         self._clock = clock or SystemClock()
         self._who = Identity(replica, revision, self._clock.time(), model)
         self._totals = Totals()
+        self._shapes: Shapes | None = None
+        self._peak, self._peaks = peak, UNKNOWN
         self._changing = asyncio.Lock()
         self.version = 0
         self.rank_count = 1
@@ -76,6 +96,15 @@ class Control:
         answers: list[Any] = await self._engine.ranks("moestack_start")
         self.rank_count = len(answers)
         layers: list[dict[str, Any]] = answers[0]
+        try:
+            self._shapes = combined(await self._engine.ranks("moestack_shapes"))
+        except (EngineDead, TimeoutError):
+            raise
+        except Exception as error:
+            # A model that is built in a way that we do not know is served all the same.
+            log.warning("no S-MBU and S-MFU: the model's shapes cannot be read", reason=_last_line(error))
+        if self._shapes is not None:
+            self._peaks = self._peak(self.rank_count, self._shapes.weight_bytes)
         return layers
 
     async def boot(self, knobs: Knobs) -> None:
@@ -138,7 +167,9 @@ class Control:
         """Counters since the replica started, and the window since the digest before."""
         ranks = await self._engine.ranks("moestack_read", True)
         scheduler = await self._engine.core("moestack_scheduler_state")
-        digest, self._totals = digests.build(self._who, self._clock.time(), ranks, scheduler, self._totals)
+        digest, self._totals = digests.build(
+            self._who, self._clock.time(), ranks, scheduler, self._totals, self._shapes, self._peaks
+        )
         return digest
 
     async def matrix(self) -> dict[str, Any]:

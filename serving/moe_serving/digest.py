@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_core.wire import EngineDigest, ExpertKnobs, ExpertMatrix, LayerDigest, LayerLoad, ReplicaDigest
+from moe_serving.utilisation import UNKNOWN, Peaks, Shapes, Work, measure
 
 HOTTEST = 3
 """Experts by name in each layer's digest: enough to see a hot spot, few enough for Prometheus."""
@@ -25,14 +26,21 @@ class Identity:
 
 @dataclass(frozen=True)
 class Totals:
-    """Slots by expert of each layer at the digest before: (demand, assigned)."""
+    """Slots by expert of each layer at the digest before: (demand, assigned); and the work of the engine."""
 
     layers: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     seq: int = 0
+    work: Work | None = None
 
 
 def build(
-    who: Identity, at_s: float, ranks: Sequence[Mapping[str, Any]], scheduler: Mapping[str, Any], before: Totals
+    who: Identity,
+    at_s: float,
+    ranks: Sequence[Mapping[str, Any]],
+    scheduler: Mapping[str, Any],
+    before: Totals,
+    shapes: Shapes | None = None,
+    peaks: Peaks = UNKNOWN,
 ) -> tuple[ReplicaDigest, Totals]:
     """The digest of a replica, and the totals that the next one is counted from.
 
@@ -47,6 +55,7 @@ def build(
         now = (tuple(layer["demand"]), tuple(layer["assigned"]))
         totals[position] = now
         layers.append(_layer(layer, now, before.layers.get(position), owners))
+    work = None if shapes is None else _work(ranks)
     digest = ReplicaDigest(
         replica=who.replica,
         revision=who.revision,
@@ -71,9 +80,20 @@ def build(
             busy_s_total=max(float(rank["busy_s"]) for rank in ranks),
             rank_moe_s_total=tuple(float(rank["moe_s"]) for rank in ranks),
         ),
+        utilisation=None if shapes is None or work is None else measure(shapes, peaks, work, before.work),
         layers=tuple(layers),
     )
-    return digest, Totals(totals, before.seq + 1)
+    return digest, Totals(totals, before.seq + 1, work)
+
+
+def _work(ranks: Sequence[Mapping[str, Any]]) -> Work:
+    """Each rank reads its own part of the cache; a step lasts as long as its slowest rank."""
+    return Work.of(
+        ranks[0],
+        kv_bytes=sum(float(rank["work"]["decode_kv_bytes"]) for rank in ranks),
+        busy_s=max(float(rank["busy_s"]) for rank in ranks),
+        decode_busy_s=max(float(rank["work"]["decode_busy_s"]) for rank in ranks),
+    )
 
 
 def matrix(who: Identity, at_s: float, ranks: Sequence[Mapping[str, Any]]) -> ExpertMatrix:

@@ -28,7 +28,8 @@ class Layer:
     """One MoE layer as this rank sees it. Counters only grow, but for the window's maximum.
 
     `gamma_micro` [2] is γ of this layer by phase in millionths, 0 where uncapped. `demand` and `assigned` [E] are
-    slots by expert before and after capacity, `max_prefill_load` is the most that one expert took in one step.
+    slots by expert before and after capacity, `max_prefill_load` is the most that one expert took in one step;
+    `touched` is distinct experts with a slot, summed over steps that only decode.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Layer:
     rerouted: Tensor = field(default_factory=_none)
     overflow_kept: Tensor = field(default_factory=_none)
     max_prefill_load: Tensor = field(default_factory=_none)
+    touched: Tensor = field(default_factory=_none)
     lost_gate_mass: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class Layer:
 
 _TENSORS = (
     "gamma_micro", "demand", "assigned", "tokens", "dropped", "rerouted", "overflow_kept", "max_prefill_load",
-    "lost_gate_mass",
+    "touched", "lost_gate_mass",
 )  # fmt: skip
 
 
@@ -122,4 +124,5 @@ def _count(layer: Layer, real: Tensor, demand: Tensor, assigned: Tensor) -> None
     layer.tokens.add_(real.sum())
     layer.demand.add_(demand.sum(0))
     layer.assigned.add_(assigned.sum(0))
+    layer.touched.add_((assigned.sum(0) > 0).sum() * (demand[PREFILL - 1].sum() == 0))
     layer.max_prefill_load.copy_(torch.maximum(layer.max_prefill_load, assigned[PREFILL - 1].max()))

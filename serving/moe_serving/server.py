@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from moe_core.signing import Verifier
 from moe_core.wire import Knobs
 from moe_serving import board
 from moe_serving.control import AsyncLLMEngine, Control
+from moe_serving.hardware import peaks_of
 from moe_serving.link import BoardCalls, Link
 
 log = get_log("replica")
@@ -39,6 +41,7 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
             _replica_name(),
             self._serving.revision,
             model=self._serving.model,
+            peak=partial(peaks_of, self._serving.accelerator),
         )
         layers = await self._control.start()
         log.info(

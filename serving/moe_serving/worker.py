@@ -28,6 +28,7 @@ from moe_serving.batch import step_of
 from moe_serving.mends import find_dbrx_experts
 from moe_serving.plugin import enabled, wrap_once
 from moe_serving.rank import RANK, now
+from moe_serving.shapes import METER, kv_groups, shapes
 
 
 def install() -> None:
@@ -156,11 +157,15 @@ def _note_phases(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _time_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        started = now()
+        started, steps, prompt_tokens = now(), RANK.steps, RANK.prompt_tokens
         try:
             return original(self, *args, **kwargs)
         finally:
-            RANK.end_step(now() - started)
+            seconds = now() - started
+            RANK.end_step(seconds)
+            if RANK.steps > steps:
+                scheduled = args[0] if args else kwargs["scheduler_output"]
+                METER.note(scheduled, seconds, prefill=RANK.prompt_tokens > prompt_tokens)
 
     return execute_model
 
@@ -182,6 +187,11 @@ class WorkerExtension:
             }
             for layer in RANK.layers
         ]
+
+    def moestack_shapes(self: Any) -> dict[str, Any]:
+        """Parameters and bytes of this rank's model by part. From here on the cache's reads are counted too."""
+        METER.kv = kv_groups(self.model_runner.kv_cache_config)
+        return shapes(self.get_model(), RANK.layers)
 
     def moestack_apply(self: Any, knobs: str, version: int) -> dict[str, Any]:
         """Put expert knobs (JSON) in force, on all ranks that route the same tokens or on none; answers with what is in
@@ -225,6 +235,7 @@ class WorkerExtension:
                     "overflow_kept": int(layer.overflow_kept),
                     "lost_gate_mass": float(layer.lost_gate_mass),
                     "max_prefill_load": int(layer.max_prefill_load),
+                    "touched": int(layer.touched),
                 }
             )
             if new_window:
@@ -238,6 +249,7 @@ class WorkerExtension:
             "generated_tokens": RANK.generated_tokens,
             "busy_s": RANK.busy_s,
             "moe_s": RANK.moe_s,
+            "work": METER.read(),
             "layers": layers,
         }
 

@@ -24,6 +24,13 @@ SIGNER = Signer.generate()
 DEPLOYMENT = "default/tiny"
 
 
+SHAPES = {
+    "fixed_bytes": 100, "token_params": 40, "router_params": 8, "head_params": 10, "score_width": 0, "weight_bytes": 2,
+    "experts": [{"bytes": 20.0, "params": 10.0, "whole": True}],
+}  # fmt: skip
+WORK = {"tokens": 5, "pairs": 15, "decode_steps": 2, "decode_busy_s": 0.25, "decode_kv_bytes": 30.0}
+
+
 class FakeEngine:
     """Two ranks with the rules of the real one: limits are checked, an older version changes nothing."""
 
@@ -37,6 +44,8 @@ class FakeEngine:
     async def ranks(self, method: str, *args: Any) -> list[dict[str, Any]]:
         if method == "moestack_start":
             return [[{"layer": 0, "name": "l0", "hooked": True}]] * 2  # type: ignore[list-item]
+        if method == "moestack_shapes":
+            return [SHAPES] * 2
         if self.fails:
             self.fails -= 1
             raise TimeoutError
@@ -49,12 +58,12 @@ class FakeEngine:
             ]
         layer = {
             "layer": 0, "hooked": True, "demand": [6, 2, 1, 1], "assigned": [3, 3, 2, 2], "tokens": 5, "dropped": 0,
-            "rerouted": 3, "overflow_kept": 0, "lost_gate_mass": 0.25, "max_prefill_load": 3,
+            "rerouted": 3, "overflow_kept": 0, "lost_gate_mass": 0.25, "max_prefill_load": 3, "touched": 4,
         }  # fmt: skip
         return [
             {
                 "rank": r, "knobs": self.knobs.model_dump_json(by_alias=True), "version": self.version, "steps": 4,
-                "prompt_tokens": 5, "generated_tokens": 2, "busy_s": 0.5, "moe_s": 0.1 * (r + 1),
+                "prompt_tokens": 5, "generated_tokens": 2, "busy_s": 0.5, "moe_s": 0.1 * (r + 1), "work": WORK,
                 "layers": [{**layer, "mine": [0, 1] if r == 0 else [2, 3]}],
             }
             for r in range(2)
@@ -272,6 +281,10 @@ async def test_metrics_carry_load_and_imbalance(world: World) -> None:
     assert f"moestack_expert_rerouted_slots_total{{{labels}}} 3.0" in text
     assert 'moestack_rank_moe_seconds_total{deployment="default/tiny",rank="1"' in text
     assert 'phase="prefill",replica="replica-1",revision="local"} +Inf' in text
+    # Two decode steps: 2 · (100 + 100) fixed, 4 · 20 of experts, 30 + 30 of cache.
+    assert 'moestack_engine_decode_read_bytes_total{deployment="default/tiny",replica="replica-1"' in text
+    assert " 540.0\n" in text
+    assert "smbu_ratio{" not in text, "no peak of this hardware is known, so there is no ratio"
 
 
 async def test_the_matrix_is_fetched_on_request(world: World) -> None:
