@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moe_api.base import Model
+from moe_api.enums import EngineSignal, MetricsDialect
 from moe_core.wire import Knobs, Percent
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -34,12 +35,21 @@ class TargetConfig(Model):
     usd_per_m_output: Decimal = Decimal(0)
 
 
+class ForeignMetrics(Model):
+    """Where and by which names an engine that is not ours tells its load."""
+
+    url: str = Field(description="address of its Prometheus text, e.g. http://host:30000/metrics")
+    dialect: MetricsDialect = MetricsDialect.VLLM
+    names: dict[EngineSignal, str] = Field(default_factory=dict, description="of dialect Custom: signal → metric")
+
+
 class RevisionConfig(Model):
-    """One revision behind the gateway: its OpenAI endpoint and its board."""
+    """One revision behind the gateway: its OpenAI endpoint and its board, or the metrics of an engine not ours."""
 
     name: str
     url: str = Field(description="base of the OpenAI API, e.g. http://host:8000/v1")
     board_url: str | None = None
+    metrics: ForeignMetrics | None = Field(default=None, description="None: an engine of ours, which has a board")
 
 
 class SloConfig(Model):

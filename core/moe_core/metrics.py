@@ -112,6 +112,12 @@ ENGINE_SMBU = _gauge(
 ENGINE_SMFU = _gauge(
     "moestack_engine_smfu_ratio", _REPLICA, "S-MFU of the last window: operations over peak arithmetic, all passes"
 )
+ENGINE_TTFT = _histogram(
+    "moestack_engine_ttft_seconds", _REPLICA, "Time to first token as an external engine measures it, in its buckets"
+)
+ENGINE_ITL = _histogram(
+    "moestack_engine_itl_seconds", _REPLICA, "Time between tokens as an external engine measures it, in its buckets"
+)
 RANK_MOE_SECONDS = _counter("moestack_rank_moe_seconds_total", (*_REPLICA, "rank"), "Seconds in expert kernels")
 BOARD_REPLICAS = _gauge("moestack_board_replicas", ("deployment", "revision"), "Replicas registered with the board")
 

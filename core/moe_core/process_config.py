@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
 from typing import Any, Literal
 
-from moe_api.enums import AuthMode, Toggle
-from moe_api.spec_engine import EngineMetrics
+from moe_api.enums import AuthMode, MetricsDialect, Toggle
+from moe_api.spec_engine import EngineSpec
 from moe_api.spec_gateway import BudgetStore
 from moe_api.spec_traffic import TargetLimits, TierSlo
 from moe_api.v1alpha1 import (
@@ -27,7 +27,15 @@ from moe_api.v1alpha1 import (
     Overflow,
     Provider,
 )
-from moe_core.config import KnobBounds, ServingConfig, SloConfig, SpillConfig, TargetConfig, TierConfig
+from moe_core.config import (
+    ForeignMetrics,
+    KnobBounds,
+    ServingConfig,
+    SloConfig,
+    SpillConfig,
+    TargetConfig,
+    TierConfig,
+)
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs
 from moe_core.wire import Overflow as WireOverflow
 
@@ -225,11 +233,18 @@ def unheeded(spec: MoEDeploymentSpec) -> tuple[tuple[str, str], ...]:
             found.append((f"{place}.price.cachedInputUsdPerMTokens", "the gateway counts cached tokens in full"))
     if gateway.budget_store != BudgetStore():
         found.append(("spec.gateway.budgetStore", "each gateway pod keeps its share of the budget by itself"))
-    if spec.engine.metrics != EngineMetrics():
-        found.append(("spec.engine.metrics", "the gateway measures an external engine by its answers alone"))
     if monitoring.dashboards is Toggle.ENABLED:
         found.append(("spec.monitoring.dashboards", "no dashboard is made yet"))
     return tuple(found)
+
+
+def foreign_metrics(engine: EngineSpec) -> ForeignMetrics:
+    """Where an external engine's load is read: what the resource names, or the usual place beside its API."""
+    dialect = engine.metrics.dialect
+    base = (engine.url or "").rstrip("/").removesuffix("/v1")
+    path = "/prometheus/metrics" if dialect is MetricsDialect.TENSORRT_LLM else "/metrics"
+    names = {row.signal: row.metric for row in engine.metrics.names} if dialect is MetricsDialect.CUSTOM else {}
+    return ForeignMetrics(url=engine.metrics.url or base + path, dialect=dialect, names=names)
 
 
 def usd_per_day(fallback: FallbackSpec) -> Decimal | None:

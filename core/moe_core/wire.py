@@ -94,6 +94,9 @@ class Ack(Model):
     applied_at_s: float = Field(description="unix time at which the rank began to use it")
     step: int = Field(default=-1, description="forward passes that the rank had run by then; -1 where unknown")
     error: str | None = None
+    unsupported: tuple[str, ...] | None = Field(
+        default=None, description="knobs of that version that the engine behind lacks: they act nowhere"
+    )
 
 
 class LayerDigest(Model):

@@ -10,6 +10,7 @@ from aiohttp.typedefs import Handler
 from pydantic import ValidationError
 
 from moe_api.base import Model
+from moe_core import foreign
 from moe_core.signing import CommandInvalid, SignatureRefused, describe
 from moe_core.wire import Ack, Knobs, Signed, Weights
 from moe_gateway.state import Gateway
@@ -51,7 +52,8 @@ class Admin:
         current = gateway.knobs
         if current is None or _is_new(knobs.version, current.version, same=knobs == current):
             gateway.apply_knobs(knobs)
-        return self._ack(knobs.version)
+        external = any(revision.metrics is not None for revision in gateway.config.revisions)
+        return self._ack(knobs.version, foreign.unsupported(knobs) if external else None)
 
     async def weights(self, request: web.Request) -> web.Response:
         weights = await self._command(request, Weights)
@@ -102,8 +104,10 @@ class Admin:
             raise AdminError(422, f"deployment: this gateway serves {self._gateway.config.deployment!r}")
         return command
 
-    def _ack(self, version: int) -> web.Response:
-        return _json(Ack(replica=self._gateway.name, rank=0, version=version, applied_at_s=self._gateway.clock.time()))
+    def _ack(self, version: int, unsupported: tuple[str, ...] | None = None) -> web.Response:
+        gateway = self._gateway
+        ack = Ack(replica=gateway.name, rank=0, version=version, applied_at_s=gateway.clock.time())
+        return _json(ack.model_copy(update={"unsupported": unsupported or None}))
 
 
 def _is_new(version: int, current: int, *, same: bool) -> bool:

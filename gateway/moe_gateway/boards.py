@@ -76,11 +76,7 @@ class BoardPoller:
 
 
 def summarise(board: Board, digests: list[ReplicaDigest], now_s: float) -> EngineReport:
-    """One report over the replicas of a revision. Its age is that of the oldest digest.
-
-    The engines' counts lag the ledger by a second or so; a load of others that is real shows in several polls running,
-    so the smallest of the last few is taken.
-    """
+    """One report over the replicas of a revision. Its age is that of the oldest digest."""
     seen = {}
     for digest in digests:
         seq, since_s = board.seen.get(digest.replica, (-1, now_s))
@@ -88,9 +84,7 @@ def summarise(board: Board, digests: list[ReplicaDigest], now_s: float) -> Engin
     board.seen = seen
     running = sum(digest.engine.running for digest in digests)
     waiting = sum(digest.engine.waiting for digest in digests)
-    own_waiting, _, own_running = board.upstream.ledger.counts(now_s)
-    board.foreign = [*board.foreign, foreign_load(running, waiting, own_running, own_waiting)][-SMOOTH_POLLS:]
-    foreign_running, foreign_waiting = min(board.foreign, key=sum)
+    foreign_running, foreign_waiting = of_others(board, running, waiting, now_s)
     return EngineReport(
         running=running,
         waiting=waiting,
@@ -100,3 +94,14 @@ def summarise(board: Board, digests: list[ReplicaDigest], now_s: float) -> Engin
         foreign_running=foreign_running,
         foreign_waiting=foreign_waiting,
     )
+
+
+def of_others(board: Board, running: int, waiting: int, now_s: float) -> tuple[int, int]:
+    """(running, waiting) requests that this gateway did not send, from what the engines just said.
+
+    Their counts lag the ledger by a second or so; a load of others that is real shows in several polls running, so the
+    smallest of the last few is taken.
+    """
+    own_waiting, _, own_running = board.upstream.ledger.counts(now_s)
+    board.foreign = [*board.foreign, foreign_load(running, waiting, own_running, own_waiting)][-SMOOTH_POLLS:]
+    return min(board.foreign, key=sum)

@@ -19,6 +19,7 @@ from moe_gateway.admin import Admin
 from moe_gateway.app import App
 from moe_gateway.boards import BoardPoller
 from moe_gateway.budget import BudgetUnavailable
+from moe_gateway.external import ExternalCollector, ExternalPoller
 from moe_gateway.reload import ConfigWatch
 from moe_gateway.settings import ConfigRefused
 from moe_gateway.state import Gateway
@@ -79,8 +80,11 @@ class GatewayServer:
         await self._runner.setup()
         await web.SockSite(self._runner, admin_socket).start()
         await self._serve(client_socket)
+        external = ExternalPoller(gateway)
+        gateway.telemetry.registry.register(ExternalCollector(gateway.config.deployment, external))
         self._background = [
             asyncio.create_task(BoardPoller(gateway).run(), name="boards"),
+            asyncio.create_task(external.run(), name="external"),
             asyncio.create_task(self._watch_stalls(), name="stalls"),
         ]
         if self._file is not None:

@@ -49,7 +49,6 @@ UNHEEDED = {
     "gateway.budgetStore.": "spec.gateway.budgetStore",
     "fallback.targets[].limits.": "spec.fallback.targets[0].limits",
     "fallback.targets[].price.cached": "spec.fallback.targets[0].price.cachedInputUsdPerMTokens",
-    "engine.metrics.": "spec.engine.metrics",
     "monitoring.dashboards": "spec.monitoring.dashboards",
 }
 """Leaves that nothing acts on in this version, and the field that condition Accepted names: see

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_api.spec_engine import EngineSpec
 from moe_core import process_config
 from moe_core.config import GatewayConfig
 from moe_gateway import reload, settings
@@ -57,6 +58,26 @@ def test_an_external_engine_is_a_revision_without_a_board() -> None:
     (engine,) = config.revisions
     assert (engine.name, engine.url, engine.board_url) == ("external", "http://sglang.inference.svc:30000/v1", None)
     assert config.weights == {"external": 100}
+    assert engine.metrics is not None
+    assert (engine.metrics.dialect, engine.metrics.url) == ("SGLang", "http://sglang.inference.svc:30000/metrics")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "names", "wanted"),
+    [
+        ("VLLM", [], "http://e:8000/metrics"),
+        ("TensorRTLLM", [], "http://e:8000/prometheus/metrics"),
+        ("Custom", [{"signal": "running", "metric": "r"}], "http://e:8000/metrics"),
+    ],
+)
+def test_metrics_of_an_external_engine_lie_beside_its_api(
+    dialect: str, names: list[dict[str, str]], wanted: str
+) -> None:
+    engine = EngineSpec.model_validate(
+        {"kind": "External", "url": "http://e:8000/v1", "metrics": {"dialect": dialect, "names": names}}
+    )
+    found = process_config.foreign_metrics(engine)
+    assert (found.url, dict(found.names)) == (wanted, {row["signal"]: row["metric"] for row in names})
 
 
 def test_an_old_revision_keeps_its_weight_while_the_engine_moves_out() -> None:

@@ -139,7 +139,7 @@ def gateway_config(
     ]
     engine = resource.spec.engine
     if engine.kind is EngineKind.EXTERNAL and engine.url is not None:
-        known.append(RevisionConfig(name=EXTERNAL, url=engine.url))
+        known.append(RevisionConfig(name=EXTERNAL, url=engine.url, metrics=process_config.foreign_metrics(engine)))
         weights = {EXTERNAL: 100} if not any(weights.values()) else {EXTERNAL: 0, **weights}
     spill = process_config.spill(resource.spec.fallback)
     return GatewayConfig(
