@@ -92,9 +92,9 @@ def _row(layer: LayerLoad, load: Sequence[int]) -> Row:
         max_over_mean=worst(load) if known else None,
         ranks_before=worst(layer.rank_demand) if known else None,
         ranks_after=worst(layer.rank_assigned) if known else None,
-        marks="".join(mark for mark, count in counts if count),
-        dropped_share=layer.dropped / slots if slots else 0.0,
-        rerouted_share=layer.rerouted / slots if slots else 0.0,
+        marks="".join(mark for mark, count in counts if count and known),
+        dropped_share=layer.dropped / slots if known else 0.0,
+        rerouted_share=layer.rerouted / slots if known else 0.0,
     )
 
 
