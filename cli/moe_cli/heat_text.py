@@ -15,6 +15,8 @@ BLOCKS = "·▁▂▃▄▅▆▇█"
 ASCII = ".,-~=+*#@"
 WIDEST_CELL = 4
 LEAST_COLUMNS = 8
+_HEADS = {len(heads): heads for heads in ("  max/mean  by rank      marks", "  max/mean  marks", "  max/mean")}
+_ALL, _NO_RANKS, _RATIO = _HEADS
 _STYLES = (
     *("bright_black", "color(26)", "color(32)", "color(74)", "default", "color(180)", "color(173)"),
     *("color(166)", "bold color(160)"),
@@ -88,24 +90,24 @@ def _axis(columns: int, group: int, cell: int, shown: int) -> str:
 def _right_width(grid: Grid, width: int) -> int:
     """Room for the numbers at the right: all of them, or the first, or none."""
     ranks = any(row.ranks_before is not None for row in grid.rows)
-    for wanted, least in ((28 if ranks else 14, 72), (10, 44)):
+    for wanted, least in ((_ALL if ranks else _NO_RANKS, 72), (_RATIO, 44)):
         if width >= least:
             return wanted
     return 0
 
 
 def _heads(right: int) -> str:
-    return {28: "  max/mean  by rank     marks", 14: "  max/mean  marks", 10: "  max/mean"}.get(right, "")
+    return _HEADS.get(right, "")
 
 
 def _numbers(row: Row, right: int) -> str:
     if not right:
         return ""
     text = f"  {_ratio(row.max_over_mean):>8}"
-    if right == 28:
+    if right == _ALL:
         before, after = _ratio(row.ranks_before), _ratio(row.ranks_after)
         text += f"  {before + '→' + after:<11}"
-    return (text + f" {row.marks}" if right > 10 else text).rstrip()
+    return (text + f" {row.marks}" if right > _RATIO else text).rstrip()
 
 
 def _ratio(value: float | None) -> str:
