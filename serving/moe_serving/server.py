@@ -48,7 +48,8 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
             "engine is up",
             ranks=self._control.rank_count,
             hooked=sum(1 for layer in layers if layer["hooked"]),
-            bypassed=[layer["name"] for layer in layers if not layer["hooked"]],
+            bypassed={layer["name"]: layer["why"] for layer in layers if not layer["hooked"]},
+            counted_only={layer["name"]: layer["why"] for layer in layers if layer["hooked"] and layer["why"]},
         )
         if self._serving.boot_knobs is not None:
             await self._control.boot(self._serving.boot_knobs)

@@ -121,8 +121,9 @@ FAMILIES: Mapping[str, _Family] = {
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 64,
             "head_dim": 32,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
+            # vLLM's kernel of linear attention for CPUs knows the published size alone.
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
         },
