@@ -97,6 +97,7 @@ def _cpu(router: Any) -> Routing:
 
 
 def _grouped(router: Any) -> Routing:
+    _own_slots(router)
     groups, experts = int(router.num_expert_group), int(router.global_num_experts)
     if experts <= groups or experts % groups:
         if router.e_score_correction_bias is None:
@@ -121,8 +122,7 @@ def _in_groups(router: Any, groups: int, groups_per_token: int) -> Routing:
 def _biased(router: Any) -> Routing:
     if getattr(router, "_hash_indices_table", None) is not None:
         raise UnknownRouting("hash-routed: experts follow the token id, not a score")
-    if getattr(router, "num_fused_shared_experts", 0):
-        raise UnknownRouting("shared experts are slots of the routed ones here, and take every token")
+    _own_slots(router)
     if getattr(router, "bias_vl", None) is not None:
         raise UnknownRouting("image tokens are routed with a bias of their own")
     scoring = _scoring(router, "softmax", "sigmoid", "sqrtsoftplus")
@@ -143,6 +143,11 @@ def _custom(router: Any) -> Routing:
     if name == "vllm.model_executor.models.cohere2_moe.token_choice_with_bias":
         return Routing("sigmoid", bool(router.renormalize), by_gate=True)
     raise UnknownRouting(f"custom routing function {name}")
+
+
+def _own_slots(router: Any) -> None:
+    if getattr(router, "num_fused_shared_experts", 0):
+        raise UnknownRouting("shared experts are slots of the routed ones here, and take every token")
 
 
 def _scoring(router: Any, *known: str) -> str:

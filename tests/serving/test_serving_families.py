@@ -166,6 +166,7 @@ def test_a_hash_routed_layer_is_counted_only() -> None:
 def test_other_routers_are_refused_by_name() -> None:
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
     from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
+    from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
     from vllm.model_executor.models.phimoe import phimoe_routing_function
 
     bias = torch.zeros(16)
@@ -174,6 +175,7 @@ def test_other_routers_are_refused_by_name() -> None:
         (CPURouter(2, 16, custom_routing_function=phimoe_routing_function), "phimoe.phimoe_routing_function"),
         (CPURouter(2, 16, scoring_func="sigmoid"), "scoring 'sigmoid' and no groups"),
         (FusedTopKBiasRouter(2, 16, bias, num_fused_shared_experts=1), "shared experts"),
+        (GroupedTopKRouter(2, 16, 4, 2, num_fused_shared_experts=1), "shared experts"),
         (FusedTopKBiasRouter(2, 16, bias, bias_vl=bias), "image tokens"),
         (FusedTopKBiasRouter(2, 16, bias, scoring_func="tanh"), "scoring 'tanh'"),
     ):
