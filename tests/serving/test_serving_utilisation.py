@@ -76,6 +76,36 @@ def test_what_is_unknown_is_absent(name: str, peaks: Peaks, work: Work, absent: 
     assert named - found.keys() == absent
 
 
+def test_what_two_ranks_of_the_real_engine_told() -> None:
+    """Recorded from vLLM 0.32 on a CPU, two EP ranks, the tiny Qwen3-MoE checkpoint in float32: 4 layers, hidden 128,
+    4 heads of 32 and 2 KV heads, 16 experts of width 64, k 4, head padded to 320 rows; prompts of 18 and 16 tokens,
+    9 tokens each."""
+    part = {"bytes": 98304.0, "params": 24576.0, "whole": True}
+    rank = {
+        "fixed_bytes": 513536, "token_params": 98304, "router_params": 8192, "head_params": 20480, "score_width": 512,
+        "weight_bytes": 4, "experts": [part] * 4,
+    }  # fmt: skip
+    read = {
+        "generated_tokens": 18,
+        "layers": [{"touched": touched, "assigned": [200]} for touched in (52, 46, 52, 50)],
+        "work": {"tokens": 50, "pairs": 651, "decode_steps": 8, "decode_kv_bytes": 332800.0},
+    }
+    found = combined([rank, rank])
+    assert found is not None
+    expert, router, head = 3 * 128 * 64, 128 * 16, 128 * 320
+    attention = 128 * 128 + 2 * 128 * 64 + 128 * 128
+    assert found.expert_params == (expert,) * 4
+    assert found.token_params == 4 * (attention + router)
+    assert found.head_params == head
+    assert found.score_width == 4 * 4 * (32 + 32)
+    work = Work.of(read, kv_bytes=2 * 332800.0, busy_s=0.07, decode_busy_s=0.04)
+    # The first request's first decode rode with the second's prefill; the others attend to 325 tokens in all.
+    assert work.decode_kv_bytes == 325 * (4 * 2 * 2 * 32 * 4)
+    assert work.pairs == 18 * 19 // 2 + 16 * 17 // 2 + sum(18 + i + 16 + i for i in range(1, 9))
+    assert decode_bytes(found, work) == 28_542_976
+    assert measure(found, UNKNOWN, work, None).experts_touched == 6.25
+
+
 counts = st.integers(0, 10**6)
 
 
