@@ -32,6 +32,7 @@ LONG = (
     "olmoe",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen3_next",
 )
 
 
