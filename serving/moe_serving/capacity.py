@@ -104,17 +104,17 @@ def assign(scores: Scores, chosen: Tensor, k: Tensor, phase: Tensor, limits: Lim
 
     state = _State(scores, chosen, k, segment, member, limit, early_out)
     most = torch.zeros_like(total_k).scatter_reduce(0, segment, k, "amax")[segment]
-    state.rounds(chosen.shape[1], torch.minimum(state.open_count, most), k.clamp(max=1))
+    state.first_slots(torch.minimum(state.open_count, most))
     overflow_kept = _place_left_over(state, scores.groups)
     down_the_ranking = torch.where(
         limits.overflow == MODES[Overflow.REROUTE], torch.minimum(state.open_count, most + EXTRA_ROUNDS), 0
     )
     original_only = torch.where(limits.overflow == MODES[Overflow.DROP], torch.minimum(state.open_count, k), 0)
-    state.rounds(state.ranking.shape[0], down_the_ranking + original_only, k)
-    slots = state.slots
+    state.other_slots(down_the_ranking + original_only)
+    slots = state.slots()
     by_choice = limits.overflow == MODES[Overflow.EXPERT_CHOICE]
     if not early_out or bool(by_choice):
-        slots = torch.cat((slots, _expert_choice(state, by_choice)), dim=1)
+        slots = torch.cat((slots, _expert_choice(state, slots, by_choice)), dim=1)
     return _result(state, scores, slots, chosen, limit, overflow_kept)
 
 
@@ -137,7 +137,8 @@ def seat_counts(chosen: Tensor, segment: Tensor, counted: Tensor, experts: int) 
 
 
 class _State:
-    """Slots given so far: experts of each token in `slots` [T, K], their number in `count` [T], free ones in `room`.
+    """Slots given so far: each token's `first` expert, `more` of them round by round, their `count`, all [T]; and free
+    slots by seat in `room`, none in the last.
 
     `preference` [T, E] orders a token's experts, the router's choices first; `ranking` and `score` are [D, T], the D
     best. `open` [T, E] are the experts that a token may have, None for all.
@@ -148,7 +149,7 @@ class _State:
     ) -> None:
         tokens, width = chosen.shape
         self.experts = scores.selection.shape[1]
-        self.k, self.segment, self.member, self.early_out = k, segment, member, early_out
+        self.width, self.k, self.segment, self.member, self.early_out = width, k, segment, member, early_out
         index = torch.arange(self.experts, device=chosen.device)
         self.preference = preference(scores.selection, index)
         self.preference.scatter_add_(1, chosen.clamp(min=0), (chosen >= 0) * _CHOSEN)
@@ -162,41 +163,52 @@ class _State:
         self.score = _score(best.values).t().contiguous()
         nobody = torch.zeros(1, dtype=torch.int64, device=chosen.device)
         self.room = torch.cat((limit.repeat_interleave(self.experts, output_size=PHASES * self.experts), nobody))
-        self.slots = torch.full_like(chosen, -1)
+        self.first = torch.full_like(k, -1)
+        self.more: list[Tensor] = []
         self.count = torch.zeros_like(k)
-        self.column = torch.arange(width, device=chosen.device)
         self.position = torch.arange(tokens, device=chosen.device)
 
-    def rounds(self, most: int, reach: Tensor, wanted: Tensor) -> None:
-        """In round r < reach[t] a token short of `wanted` proposes to its r-th expert, unless it holds that one."""
-        if self.early_out:
-            most = min(most, int(reach.max()))
-        for r in range(min(most, self.ranking.shape[0])):
-            short = self.count < wanted
+    def first_slots(self, reach: Tensor) -> None:
+        """In round r < reach[t] a token without a slot proposes to its r-th expert."""
+        for r in range(self._rounds(min(self.width, self.ranking.shape[0]), reach)):
+            short = self.member & (self.count == 0)
             if self.early_out and not bool(short.any()):
                 return
-            expert = self.ranking[r]
-            holds = (self.slots == expert.unsqueeze(1)).any(1)
-            self._admit(expert, self.score[r], short & (r < reach) & ~holds)
+            self.hold_first(self.ranking[r], self._admit(r, short & (r < reach)))
 
-    def _admit(self, expert: Tensor, score: Tensor, proposes: Tensor) -> None:
-        """Experts take proposals by falling score, ties by position, while they have room."""
-        nobody = PHASES * self.experts
-        seat = torch.where(proposes, self.segment * self.experts + expert, nobody)
-        order = torch.sort(seat * (1 << 33) - score, stable=True).indices
+    def other_slots(self, reach: Tensor) -> None:
+        """The same for tokens short of k. What a token won here it won at that r: only its first may come again."""
+        for r in range(self._rounds(self.ranking.shape[0], reach)):
+            short = self.count < self.k
+            if self.early_out and not bool(short.any()):
+                return
+            won = self._admit(r, short & (r < reach) & (self.ranking[r] != self.first))
+            self.count = self.count + won
+            self.more.append(torch.where(won, self.ranking[r], -1))
+
+    def _rounds(self, most: int, reach: Tensor) -> int:
+        return min(most, int(reach.max())) if self.early_out else most
+
+    def _admit(self, r: int, proposes: Tensor) -> Tensor:
+        """Experts take proposals by falling score, ties by position, while they have room; returns who won, [T]."""
+        seat = torch.where(proposes, self.segment * self.experts + self.ranking[r], PHASES * self.experts)
+        order = torch.sort(seat * (1 << 33) - self.score[r], stable=True).indices
         in_order = seat[order]
-        counts = torch.zeros_like(self.room).scatter_add(0, seat, torch.ones_like(seat))
+        counts = torch.zeros_like(self.room).scatter_add_(0, seat, torch.ones_like(seat))
         place = self.position - (counts.cumsum(0) - counts)[in_order]
-        won = torch.zeros_like(proposes).scatter(0, order, place < self.room[in_order])
-        self.give(expert, won)
+        won = torch.empty_like(proposes).scatter_(0, order, place < self.room[in_order])
+        self.room = self.room - torch.minimum(counts, self.room)
+        return won
 
-    def give(self, expert: Tensor, won: Tensor) -> None:
-        """Tokens that `won` [T] hold `expert` [T] from now on."""
-        seat = torch.where(won, self.segment * self.experts + expert, PHASES * self.experts)
-        self.room = self.room.scatter_add(0, seat, -won.to(torch.int64))
-        written = won.unsqueeze(1) & (self.column == self.count.unsqueeze(1))
-        self.slots = torch.where(written, expert.unsqueeze(1), self.slots)
+    def hold_first(self, expert: Tensor, won: Tensor) -> None:
+        """Tokens that `won` [T] hold `expert` [T] as their first."""
+        self.first = torch.where(won, expert, self.first)
         self.count = self.count + won
+
+    def slots(self) -> Tensor:
+        """[T, K or more], -1 where a slot is empty."""
+        held = torch.stack((self.first, *self.more), dim=1)
+        return torch.nn.functional.pad(held, (0, max(0, self.width - held.shape[1])), value=-1)
 
 
 def _mask(chosen: Tensor, experts: int) -> Tensor:
@@ -228,19 +240,23 @@ def _place_left_over(state: _State, groups: int) -> Tensor:
         if state.open is not None:
             waiting &= state.open[:, first]
         place = waiting.cumsum(1) - 1
-        free = state.room[:-1].view(PHASES, state.experts)[:, first : first + size].clamp(min=0)
+        free = state.room[:-1].view(PHASES, state.experts)[:, first : first + size]
         taken_up_to = free.cumsum(1)
         fits = waiting & (place < taken_up_to[:, -1:])
         expert = torch.searchsorted(taken_up_to, place.clamp(min=0).contiguous(), right=True)
-        state.give(torch.where(fits, expert + first, 0).sum(0), fits.any(0))
+        won = fits.any(0)
+        taken = torch.where(fits, expert + first, 0).sum(0)
+        seat = torch.where(won, state.segment * state.experts + taken, PHASES * state.experts)
+        state.room = state.room.scatter_add(0, seat, -won.to(torch.int64))
+        state.hold_first(taken, won)
     stranded = state.member & (state.count == 0)
-    state.give(state.ranking[0], stranded)
+    state.hold_first(state.ranking[0], stranded)
     return stranded.sum()
 
 
-def _expert_choice(state: _State, in_force: Tensor) -> Tensor:
+def _expert_choice(state: _State, slots: Tensor, in_force: Tensor) -> Tensor:
     """Each expert offers its room once, to its best tokens; returns what tokens keep, [T, K], -1 where nothing."""
-    held = _mask(state.slots, state.experts)
+    held = _mask(slots, state.experts)
     taker = ((state.count < state.k) & in_force).unsqueeze(1) & ~held
     if state.open is not None:
         taker &= state.open
@@ -254,8 +270,10 @@ def _expert_choice(state: _State, in_force: Tensor) -> Tensor:
     room = state.room[:-1].view(PHASES, state.experts).t().gather(1, later)
     offered_in_order = (place < room) & (state.position < takers.sum(0).unsqueeze(1))
     offered = torch.zeros_like(taker).scatter(1, order, offered_in_order).t()
-    best = torch.topk(torch.where(offered, state.preference, _CLOSED), state.slots.shape[1], dim=1)
-    keeps = (best.values > _CLOSED) & (state.column < (state.k - state.count).unsqueeze(1))
+    best = torch.topk(torch.where(offered, state.preference, _CLOSED), state.width, dim=1)
+    keeps = (best.values > _CLOSED) & (
+        torch.arange(state.width, device=slots.device) < (state.k - state.count).unsqueeze(1)
+    )
     state.count = state.count + keeps.sum(1)
     return torch.where(keeps, best.indices, -1)
 
