@@ -47,17 +47,20 @@ class Case:
         return [t for t, p in enumerate(self.phase) if p == phase]
 
     def tokens(self, rows: list[int]) -> Tokens:
-        """These rows as the reference takes them."""
-        batch = scores(self.routing, self.logits[rows])
+        """These rows as the reference takes them.
+
+        Scores are those of the whole batch: of a part of it their last bit may differ, and with it who comes first.
+        """
+        batch = scores(self.routing, self.logits)
         groups = None
         if batch.allowed is not None:
             size = self.experts // self.routing.groups
             groups = [
-                frozenset(e // size for e, is_open in enumerate(row) if is_open) for row in batch.allowed.tolist()
+                frozenset(e // size for e, is_open in enumerate(row) if is_open) for row in batch.allowed[rows].tolist()
             ]
         k = self.k_in_force()
         own = [k[t] for t in rows]
-        return Tokens(batch.selection.tolist(), batch.gate.tolist(), own, self.routing.groups, groups)
+        return Tokens(batch.selection[rows].tolist(), batch.gate[rows].tolist(), own, self.routing.groups, groups)
 
     def router(self, by_index: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and experts of the model's own router, its slots in no order.

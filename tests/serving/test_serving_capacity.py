@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -103,23 +102,28 @@ def rules_hold(case: Case, early_out: bool, by_index: bool) -> None:
 
 
 def padding_is_irrelevant(case: Case) -> None:
-    """More padding, anywhere and with any logits, changes nothing for the others."""
-    at = [(t * 7 + 3) % (len(case.phase) + 1) for t in range(3)]
-    order = list(range(len(case.phase)))
-    for place in sorted(at, reverse=True):
-        order.insert(place, -1)
+    """More padding, anywhere and with any scores, changes nothing for the others."""
+    count = len(case.phase)
+    order = list(range(count))
+    for place in sorted(((t * 7 + 3) % (count + 1) for t in range(3)), reverse=True):
+        order.insert(place, count)  # the row of noise
+    batch, (_, ids), rank = scores(case.routing, case.logits), case.router(), case.rank()
     noise = torch.randn(1, case.experts, generator=torch.Generator().manual_seed(case.seed % 1000))
-    logits = torch.cat((case.logits, noise))  # -1 is its row
-    padded = replace(
-        case,
-        logits=logits[order],
-        phase=tuple(fast.PADDING if t < 0 else case.phase[t] for t in order),
-        k=tuple(0 if t < 0 else case.k[t] for t in order),
+    allowed = None if batch.allowed is None else torch.cat((batch.allowed, noise > 0))[order]
+    padded = fast.Scores(
+        torch.cat((batch.selection, noise))[order], torch.cat((batch.gate, noise))[order], allowed, batch.groups
     )
-    first, _, ids = routed(case, False)
-    second, _, more = routed(padded, False)
-    assert chosen_sets(more[[t >= 0 for t in order]]) == chosen_sets(ids)
-    for name in ("demand", "assigned", "tokens", "dropped", "rerouted", "overflow_kept", "max_prefill_load"):
+    limits = fast.Limits(rank.overflow, rank.layers[0].gamma_micro)
+    k, phase = torch.tensor([*case.k_in_force(), case.top_k]), torch.tensor([*case.phase, fast.PADDING])
+    chosen = torch.cat((ids.long(), torch.arange(case.top_k).unsqueeze(0)))
+    chosen = torch.where(torch.arange(case.top_k) < k.unsqueeze(1), chosen, -1)
+    first = fast.assign(batch, chosen[:count], k[:count], phase[:count], limits)
+    second = fast.assign(padded, chosen[order], k[order], phase[order], limits)
+    kept = [t < count for t in order]
+    for name in ("experts", "changed"):
+        assert torch.equal(getattr(first, name), getattr(second, name)[kept]), name
+    assert torch.allclose(first.lost_gate_mass, second.lost_gate_mass[kept], atol=1e-5)
+    for name in ("capacity", "dropped", "rerouted", "overflow_kept"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
