@@ -47,7 +47,7 @@ def main(job_path: Path) -> None:
         for plugin in (False, True):
             path = Path(f"{job['out']}.{family}.{int(plugin)}")
             source = checkpoint if plugin else job["stock"].get(family, checkpoint)
-            child = context.Process(target=run, args=(source, DTYPE.get(family, "float32"), plugin, job["eager"], path))
+            child = context.Process(target=run, args=(source, DTYPE.get(family, "float32"), plugin, path))
             child.start()
             child.join()
             found = json.loads(path.read_text()) if path.is_file() else {"error": f"exit code {child.exitcode}"}
@@ -57,18 +57,18 @@ def main(job_path: Path) -> None:
     Path(job["out"]).write_text(json.dumps(result))
 
 
-def run(checkpoint: str, dtype: str, plugin: bool, eager: bool, path: Path) -> None:
+def run(checkpoint: str, dtype: str, plugin: bool, path: Path) -> None:
     """One engine; what it did, or the error that it ended with, goes to `path`."""
     os.environ["MOESTACK_PLUGIN"] = str(int(plugin))
     try:
-        found = generate(checkpoint, dtype, plugin, eager, path)
+        found = generate(checkpoint, dtype, plugin, path)
     except BaseException as error:  # whatever ends an engine is the result here
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
     path.write_text(json.dumps(found))
 
 
-def generate(checkpoint: str, dtype: str, plugin: bool, eager: bool, path: Path) -> dict[str, Any]:
+def generate(checkpoint: str, dtype: str, plugin: bool, path: Path) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     started = time.monotonic()
@@ -79,7 +79,7 @@ def generate(checkpoint: str, dtype: str, plugin: bool, eager: bool, path: Path)
         max_model_len=512,
         max_num_seqs=16,
         max_num_batched_tokens=256,
-        enforce_eager=eager,
+        enforce_eager=True,
     )
     found: dict[str, Any] = {"up_s": time.monotonic() - started, "phases": []}
     if plugin:
