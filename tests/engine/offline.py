@@ -1,7 +1,7 @@
 """Runs the real engine without a server, in a process of its own, and saves what it did: `python offline.py JOB.json`.
 
 A job names a checkpoint, the number of ranks, prompts and phases; a phase sets knobs, generates, and keeps the text,
-the counters and the recorded routing.
+the counters and the recorded routing. One rank then plays offline_tiers as well.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import offline_tiers
 
 
 def main(job_path: Path) -> None:
@@ -25,6 +27,8 @@ def main(job_path: Path) -> None:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_RPC_BASE_PATH": str(job_path.parent),  # its sockets go where the test's files are
+            # One rank runs in this process, so that a test can act between two steps.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if ranks > 1 else "0",
         }
     )
     from vllm import LLM, SamplingParams
@@ -37,7 +41,7 @@ def main(job_path: Path) -> None:
         dtype="float32",
         tensor_parallel_size=ranks,
         enable_expert_parallel=ranks > 1,
-        enable_prefix_caching=False,
+        enable_prefix_caching=ranks == 1,  # the prompts of phases are shorter than a block
         max_model_len=512,
         max_num_seqs=16,
         max_num_batched_tokens=256,
@@ -62,6 +66,8 @@ def main(job_path: Path) -> None:
                 "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
             }
         )
+    if ranks == 1:
+        result["tiers"] = offline_tiers.play(llm, len(job["phases"]) + 1, f"{job['out']}.tiers")
     Path(job["out"]).write_text(json.dumps(result))
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from moe_core.capacity import Tokens, assign, capacity
 from moe_core.wire import Overflow
+from tests.engine.offline_tiers import ASKED, MIXED, STRADDLED, TIERS
 from tests.engine.stack import environment
 
 pytestmark = pytest.mark.engine
@@ -63,6 +64,8 @@ def run_engine(folder: Path, ranks: int) -> Run:
     result["records"] = [
         [torch.load(f"{out}.phase{number}.rank{rank}.pt") for rank in range(ranks)] for number in range(len(PHASES))
     ]
+    if ranks == 1:
+        result["mixed"] = torch.load(f"{out}.tiers.rank0.pt")
     return result
 
 
@@ -184,3 +187,58 @@ def test_dropped_slots_are_counted(two: Run) -> None:
         missing = sum(counted(data, 0, layer, "demand")) - sum(counted(data, 0, layer, "assigned"))
         after, before = (data[when][0]["layers"][layer] for when in ("after", "before"))
         assert after["dropped"] - before["dropped"] == missing
+
+
+@pytest.mark.parametrize(("name", "cached"), [(name, cached) for name, _, _, _, cached in ASKED])
+def test_the_prefix_cache_keeps_tiers_and_settings_apart_and_finds_them_again(one: Run, name: str, cached: int) -> None:
+    assert one["tiers"]["asked"][name]["cached"] == cached
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("again", "first"),
+        ("that tier again", "another tier"),
+        ("capped again", "capped"),
+        ("the γ of before", "capped"),
+        ("unlimited once more", "first"),
+        ("and its tier gold", "another tier"),
+        ("a client's salt", "first"),
+    ],
+)
+def test_text_with_the_cache_is_that_without(one: Run, name: str, first: str) -> None:
+    asked = one["tiers"]["asked"]
+    assert asked[name]["tokens"] == asked[first]["tokens"]
+
+
+def test_tiers_and_capacity_change_the_text(one: Run) -> None:
+    asked = one["tiers"]["asked"]
+    texts = [asked[name]["tokens"] for name in ("first", "another tier", "a third tier", "capped")]
+    assert all(a != b for i, a in enumerate(texts) for b in texts[:i]), "the cases above show nothing"
+
+
+@pytest.mark.parametrize(("name", "cached"), [(name, cached) for name, _, cached in STRADDLED])
+def test_a_prefill_that_straddles_a_switch_caches_nothing_after_it(one: Run, name: str, cached: int) -> None:
+    assert one["tiers"]["straddled"][name]["cached"] == cached
+
+
+def test_tiers_mix_in_one_batch(one: Run) -> None:
+    want = {TIERS.get(tier or "", 0): 0 for tier in MIXED}
+    for tier, tokens in zip(MIXED, (5 + number for number in range(len(MIXED))), strict=True):
+        want[TIERS.get(tier or "", 0)] += tokens + 5
+    seen = dict.fromkeys(want, 0)
+    together = 0
+    for record in one["mixed"]:
+        k, ids, held = record["k"], record["ids"], record["out_ids"]
+        together += len(set(k.tolist())) == 3
+        own = k == 0
+        assert torch.equal(held[own], ids[own])
+        assert torch.equal(record["out_weights"][own], record["weights"][own])
+        for row in torch.nonzero(~own).squeeze(1).tolist():
+            # The first k of the router's choice are its strongest.
+            strongest = record["logits"][row].topk(int(k[row])).indices.tolist()
+            assert sorted(e for e in held[row].tolist() if e >= 0) == sorted(strongest)
+        for count in seen:
+            seen[count] += int((k == count).sum())
+    assert {count: tokens // SHAPE["num_hidden_layers"] for count, tokens in seen.items()} == want
+    assert together > 0, "no batch held all of them"
