@@ -318,3 +318,54 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_vllms_own_cache_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("vllm")
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.request import Request
+
+    monkeypatch.setattr(
+        KVCacheCoordinator, "cache_blocks", tiers.cache_unless_straddling(KVCacheCoordinator.cache_blocks)
+    )
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    manager = KVCacheManager(
+        KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]),
+        max_model_len=64,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+    )
+
+    def request(name: str, knobs: ExpertKnobs, tier: str | None = None) -> Any:
+        sampling = SamplingParams(max_tokens=4, extra_args=None if tier is None else {"moestack_tier": tier})
+        made = Request(name, [*range(17)], sampling, None, block_hasher=hasher)
+        stock = list(made.block_hashes)
+        tiers.settle(made, knobs)
+        assert len(made.block_hashes) == len(stock) == 4
+        assert (made.block_hashes == stock) is (cache_salt(None, tier, knobs) is None)
+        return made
+
+    def run(made: Any, tokens: int) -> None:
+        assert manager.allocate_slots(made, tokens) is not None
+        made.num_computed_tokens += tokens
+
+    def found(knobs: ExpertKnobs, tier: str | None = None) -> int:
+        cached: int = manager.get_computed_blocks(request("asks", knobs, tier))[1]
+        return cached
+
+    straddles = request("straddles", ExpertKnobs())
+    run(straddles, 9)
+    assert (found(ExpertKnobs()), found(CAPPED), found(ExpertKnobs(), "gold")) == (8, 0, 0)
+    tiers.settle(straddles, CAPPED)
+    run(straddles, 8)
+    assert (found(ExpertKnobs()), found(CAPPED)) == (8, 0)
+    run(request("capped", CAPPED), 17)
+    assert (found(ExpertKnobs()), found(CAPPED), found(CAPPED, "gold")) == (8, 16, 0)
