@@ -64,14 +64,19 @@ def play(llm: Any, version: int, record_path: str) -> dict[str, Any]:
 
     def params(tier: str | None) -> Any:
         arguments = None if tier is None else {"moestack_tier": tier}
-        return SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, extra_args=arguments)
+        return SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1, extra_args=arguments)
 
     def ask(prompt: list[int], tier: str | None = None, salt: str | None = None) -> dict[str, Any]:
         given = TokensPrompt(prompt_token_ids=prompt)
         if salt is not None:
             given["cache_salt"] = salt
         output = llm.generate([given], params(tier), use_tqdm=False)[0]
-        return {"cached": output.num_cached_tokens, "tokens": list(output.outputs[0].token_ids)}
+        text = output.outputs[0]
+        return {
+            "cached": output.num_cached_tokens,
+            "tokens": list(text.token_ids),
+            "logprob": text.cumulative_logprob,
+        }
 
     result: dict[str, Any] = {"asked": {}, "straddled": {}}
     for name, knobs, tier, salt, _ in ASKED:
