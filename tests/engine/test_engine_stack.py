@@ -5,6 +5,7 @@ One stack serves the whole file, in order; the last test takes it down.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import psutil
 import pytest
 import requests
 
+from benchmarks import actuation
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs, Overflow
 from tests.engine.stack import Stack, until
 from tests.engine.upstream import ClosedApi, closed_api
@@ -277,6 +279,20 @@ def test_a_hundred_changes_under_load(stack: Stack) -> None:
     assert max(slow) <= 2.0
     assert {p.pid for p in stack.processes("VLLM::")} == engine
     assert stack.digest()["replica"] == replica
+
+
+def test_the_actuation_benchmark_in_short(stack: Stack) -> None:
+    running = actuation.Stack(stack.state_dir, name="stack", model="tiny-skewed")
+    with paused(stack.pid("tuner")):
+        seen = asyncio.run(actuation.measure(running, changes=12, streams=3))
+        version = stack.get(f"{stack.board}/v1/acks")["version"] + 1
+        home = Knobs(deployment=DEPLOYMENT, version=version, engine=EngineKnobs(max_active_seqs=2))
+        assert stack.send(home).status_code == 202  # what the tuner finds when it goes on
+        acknowledged(stack, version)
+    assert (seen["failed"], seen["stalled"], seen["drift"]) == (0, 0, 0), seen
+    assert seen["streams_ended"] > 0
+    assert 0 < seen["decision_to_effect_p50_s"] <= seen["decision_to_effect_p95_s"]
+    assert seen["engine_processes_kept"]
 
 
 def decisions(stack: Stack) -> list[dict[str, Any]]:
