@@ -219,6 +219,20 @@ def acknowledged(stack: Stack, version: int) -> None:
     raise AssertionError(f"version {version} is not in force after 5 s: {answer}; {stack.digest()['engine']}")
 
 
+def test_the_actuation_benchmark_in_short(stack: Stack) -> None:
+    running = actuation.Stack(stack.state_dir, name="stack", model="tiny-skewed")
+    with paused(stack.pid("tuner")):
+        seen = asyncio.run(actuation.measure(running, changes=12, streams=3))
+        version = stack.get(f"{stack.board}/v1/acks")["version"] + 1
+        home = Knobs(deployment=DEPLOYMENT, version=version, engine=EngineKnobs(max_active_seqs=2))
+        assert stack.send(home).status_code == 202
+        acknowledged(stack, version)
+    assert (seen["failed"], seen["stalled"], seen["drift"]) == (0, 0, 0), seen
+    assert seen["streams_ended"] > 0
+    assert 0 < seen["decision_to_effect_p50_s"] <= seen["decision_to_effect_p95_s"]
+    assert seen["engine_processes_kept"]
+
+
 def test_a_hundred_changes_under_load(stack: Stack) -> None:
     settings = [
         (ExpertKnobs(overflow=Overflow.REROUTE, capacity_factor_prefill=Decimal("1")), 2),
@@ -279,20 +293,6 @@ def test_a_hundred_changes_under_load(stack: Stack) -> None:
     assert max(slow) <= 2.0
     assert {p.pid for p in stack.processes("VLLM::")} == engine
     assert stack.digest()["replica"] == replica
-
-
-def test_the_actuation_benchmark_in_short(stack: Stack) -> None:
-    running = actuation.Stack(stack.state_dir, name="stack", model="tiny-skewed")
-    with paused(stack.pid("tuner")):
-        seen = asyncio.run(actuation.measure(running, changes=12, streams=3))
-        version = stack.get(f"{stack.board}/v1/acks")["version"] + 1
-        home = Knobs(deployment=DEPLOYMENT, version=version, engine=EngineKnobs(max_active_seqs=2))
-        assert stack.send(home).status_code == 202  # what the tuner finds when it goes on
-        acknowledged(stack, version)
-    assert (seen["failed"], seen["stalled"], seen["drift"]) == (0, 0, 0), seen
-    assert seen["streams_ended"] > 0
-    assert 0 < seen["decision_to_effect_p50_s"] <= seen["decision_to_effect_p95_s"]
-    assert seen["engine_processes_kept"]
 
 
 def decisions(stack: Stack) -> list[dict[str, Any]]:
