@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 # Otherwise each counter and histogram has a second series that is in no row of this table.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -216,3 +217,10 @@ def gauge(metric: Metric, registry: CollectorRegistry) -> Gauge:
 def histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
     """A prometheus_client histogram for a row of the table, with the latency buckets of this project."""
     return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=LATENCY_BUCKETS_S)
+
+
+def family(metric: Metric) -> CounterMetricFamily | GaugeMetricFamily:
+    """An empty family of a row that is no histogram, for a collector that builds its samples at each scrape."""
+    if metric.kind == "counter":
+        return CounterMetricFamily(metric.name.removesuffix("_total"), metric.help, labels=metric.labels)
+    return GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)

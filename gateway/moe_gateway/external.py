@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import aiohttp
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
@@ -138,8 +138,7 @@ class ExternalCollector(Collector):
     def collect(self) -> Iterator[Family]:
         loads = self._poller.loads()
         for row, number in _NUMBERS:
-            made = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
-            family = made(row.name.removesuffix("_total"), row.help, labels=row.labels)
+            family = metrics.family(row)
             for name, load in loads.items():
                 value = number(load)
                 if value is not None:

@@ -10,7 +10,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from moe_core import metrics
-from moe_core.metrics import Metric
 from moe_kube.calls import Call
 from moe_operator.controller import Controller, Result
 
@@ -82,10 +81,10 @@ class _State(Collector):
             (metrics.OPERATOR_EVENTS_DROPPED, self._dropped()),
         )
         for metric, value in single:
-            family = _family(metric)
+            family = metrics.family(metric)
             family.add_metric([], value)
             yield family
-        conditions = _family(metrics.OPERATOR_CONDITIONS)
+        conditions = metrics.family(metrics.OPERATOR_CONDITIONS)
         for (type_, status), count in sorted(controller.caches.conditions.items()):
             conditions.add_metric([type_, status], count)
         yield conditions
@@ -106,13 +105,7 @@ class _State(Collector):
             (metrics.OPERATOR_CACHE_BEHIND, behind),
             (metrics.OPERATOR_CACHE_OBJECTS, objects),
         ):
-            family = _family(metric)
+            family = metrics.family(metric)
             for kind, value in values.items():
                 family.add_metric([kind], value)
             yield family
-
-
-def _family(metric: Metric) -> Family:
-    if metric.kind == "counter":
-        return CounterMetricFamily(metric.name.removesuffix("_total"), metric.help, labels=metric.labels)
-    return GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
@@ -67,19 +67,19 @@ class DigestCollector(Collector):
         replicas.add_metric([self._deployment, self._revision], len(digests))
         yield replicas
         for row, read in _REPLICA_ROWS:
-            family = _family(row)
+            family = metrics.family(row)
             for digest in digests:
                 family.add_metric(self._labels(digest), float(read(digest)))
             yield family
         for use_row, read_use in _UTILISATION_ROWS:
-            family = _family(use_row)
+            family = metrics.family(use_row)
             for digest in digests:
                 use = None if digest.utilisation is None else read_use(digest.utilisation)
                 if use is not None:
                     family.add_metric(self._labels(digest), float(use))
             yield family
         for layer_row, read_layer in _LAYER_ROWS:
-            family = _family(layer_row)
+            family = metrics.family(layer_row)
             for digest in digests:
                 for layer in digest.layers:
                     value = read_layer(layer)
@@ -93,8 +93,8 @@ class DigestCollector(Collector):
         return [self._deployment, self._revision, digest.replica]
 
     def _imbalance(self, digests: list[ReplicaDigest]) -> Iterator[Family]:
-        family = _family(metrics.EXPERT_IMBALANCE)
-        hot = _family(metrics.EXPERT_HOT)
+        family = metrics.family(metrics.EXPERT_IMBALANCE)
+        hot = metrics.family(metrics.EXPERT_HOT)
         for digest in digests:
             for layer in digest.layers:
                 labels = [*self._labels(digest), str(layer.layer)]
@@ -111,9 +111,9 @@ class DigestCollector(Collector):
         yield hot
 
     def _others(self, digests: list[ReplicaDigest]) -> Iterator[Family]:
-        gamma = _family(metrics.CAPACITY_FACTOR)
-        layers = _family(metrics.LAYERS_HOOKED)
-        seconds = _family(metrics.RANK_MOE_SECONDS)
+        gamma = metrics.family(metrics.CAPACITY_FACTOR)
+        layers = metrics.family(metrics.LAYERS_HOOKED)
+        seconds = metrics.family(metrics.RANK_MOE_SECONDS)
         for digest in digests:
             labels = self._labels(digest)
             capped = digest.knobs.overflow is not Overflow.UNLIMITED
@@ -137,9 +137,3 @@ def registry(deployment: str, revision: str, digests: Callable[[], Iterable[Repl
     result = CollectorRegistry()
     result.register(DigestCollector(deployment, revision, digests))
     return result
-
-
-def _family(row: metrics.Metric) -> CounterMetricFamily | GaugeMetricFamily:
-    if row.kind == "counter":
-        return CounterMetricFamily(row.name.removesuffix("_total"), row.help, labels=row.labels)
-    return GaugeMetricFamily(row.name, row.help, labels=row.labels)
