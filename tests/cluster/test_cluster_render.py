@@ -29,11 +29,23 @@ def rendered(case: Case) -> list[Rendered]:
         return []
 
 
-def applied(plane: ControlPlane, made: Rendered, namespace: str, *, dry: bool = False) -> dict[str, Any]:
-    """Apply as the operator does, in the test's own namespace; returns the live object, or what it would be."""
+def settled_in(plane: ControlPlane, made: Rendered, namespace: str) -> dict[str, Any]:
+    """The body in the test's own namespace, owned by something that lives there.
+
+    The owner that the cases name is nowhere: once the garbage collector has heard of MoEDeployments, which takes it half
+    a minute after their CRD, it deletes what such an owner has.
+    """
     body = copy.deepcopy(made.body)
     body["metadata"]["namespace"] = namespace
-    path = made.ref.kind.path(namespace, made.ref.name)
+    account = plane.ask("GET", f"/api/v1/namespaces/{namespace}/serviceaccounts/default").json()["metadata"]
+    for owner in body["metadata"]["ownerReferences"]:
+        owner |= {"apiVersion": "v1", "kind": "ServiceAccount", "name": account["name"], "uid": account["uid"]}
+    return body
+
+
+def applied(plane: ControlPlane, made: Rendered, body: dict[str, Any], *, dry: bool = False) -> dict[str, Any]:
+    """Apply as the operator does; returns the live object, or what it would be."""
+    path = made.ref.kind.path(body["metadata"]["namespace"], made.ref.name)
     asked = {"fieldManager": OPERATOR_MANAGER, "fieldValidation": "Strict"}
     if dry:
         asked["dryRun"] = "All"
@@ -57,11 +69,12 @@ def test_a_rendered_object_is_taken_and_reads_back_the_same(
     for made in rendered(CASES[name]):
         # A KubeRay that another test has started would act on it at once.
         dry = made.ref.kind == k.RAY_SERVICE
-        live = applied(control_plane, made, namespace, dry=dry)
-        assert owned(live, OPERATOR_MANAGER) == content(made.body), made.ref
-        assert digest(owned(live, OPERATOR_MANAGER)) == made.digest, made.ref
+        body = settled_in(control_plane, made, namespace)
+        live = applied(control_plane, made, body, dry=dry)
+        assert owned(live, OPERATOR_MANAGER) == content(body), made.ref
+        assert digest(owned(live, OPERATOR_MANAGER)) == digest(content(body)), made.ref
         if not dry:
-            again = applied(control_plane, made, namespace)
+            again = applied(control_plane, made, body)
             assert version(again) == version(live), made.ref
 
 
@@ -95,7 +108,7 @@ def test_kuberay_makes_pods_that_a_restricted_namespace_admits(
     assert kuberay.ask("PATCH", where, level, content_type="application/merge-patch+json").ok
     for made in rendered(CASES[name]):
         if made.ref.kind in (k.RAY_SERVICE, k.DEPLOYMENT, k.SERVICE):
-            applied(kuberay, made, namespace)
+            applied(kuberay, made, settled_in(kuberay, made, namespace))
     service = k.RAY_SERVICE.path(namespace, CASES[name].revision)
 
     def ready() -> bool:
@@ -130,7 +143,7 @@ def addresses(plane: ControlPlane, namespace: str, service: str) -> int:
 def test_services_find_the_board_and_the_gateways(kuberay: ControlPlane, namespace: str) -> None:
     case = CASES["laptop"]
     for made in rendered(case):
-        applied(kuberay, made, namespace)
+        applied(kuberay, made, settled_in(kuberay, made, namespace))
     board, admin = f"{case.revision}-board", f"{case.owner.name}-gateway-admin"
     eventually("the board is one pod, the head", lambda: addresses(kuberay, namespace, board) == 1)
     eventually("a gateway is behind its admin Service", lambda: addresses(kuberay, namespace, admin) == 1)
