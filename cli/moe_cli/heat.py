@@ -132,7 +132,9 @@ def title(matrix: ExpertMatrix) -> tuple[str, ...]:
             f"{phase} {factor.normalize():f}" if factor is not None else f"{phase} uncapped"
             for phase, factor in (("prefill", knobs.capacity_factor_prefill), ("decode", knobs.capacity_factor_decode))
         ]
-        in_force = f"{knobs.overflow.value}, capacity factor {', '.join(factors)}"
+        own = len(knobs.capacity_factor_by_layer or ())
+        apart = f"; {own} {'layer has its' if own == 1 else 'layers have their'} own" if own else ""
+        in_force = f"{knobs.overflow.value}, capacity factor {', '.join(factors)}{apart}"
     tiers = "".join(f", k {k} for tier {tier}" for tier, k in sorted(knobs.per_token.items()))
     tokens = max((layer.tokens for layer in matrix.layers), default=0)
     window_s = max(0.0, matrix.at_s - matrix.started_at_s)

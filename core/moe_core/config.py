@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moe_api.base import Model
-from moe_api.enums import EngineSignal, MetricsDialect
+from moe_api.enums import EngineSignal, FallbackRight, MetricsDialect
 from moe_core.wire import Knobs, Percent
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -86,6 +86,7 @@ class TierConfig(Model):
 
     name: str
     tenants: tuple[str, ...] = Field(default=(), description="none: whoever asks for the tier may have it")
+    fallback: FallbackRight | None = Field(default=None, description="None: its requests may spill")
 
 
 class GatewayConfig(Model):

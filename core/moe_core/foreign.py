@@ -212,6 +212,7 @@ def unsupported(knobs: Knobs) -> tuple[str, ...]:
         ("experts.overflow", experts.overflow is not Overflow.UNLIMITED),
         ("experts.capacityFactor.prefill", experts.capacity_factor_prefill is not None),
         ("experts.capacityFactor.decode", experts.capacity_factor_decode is not None),
+        ("experts.capacityFactorByLayer", bool(experts.capacity_factor_by_layer)),
         ("experts.perToken", bool(experts.per_token)),
         ("engine.maxActiveSeqs", engine.max_active_seqs is not None),
         ("engine.maxBatchedTokens", engine.max_batched_tokens is not None),

@@ -85,7 +85,17 @@ def slo(resource: MoEDeployment) -> SloConfig:
 
 def tiers(spec: MoEDeploymentSpec) -> tuple[TierConfig, ...] | None:
     """What the gateway is told of tiers; None where there are none."""
-    return tuple(TierConfig(name=tier.name, tenants=tier.tenants) for tier in spec.tiers) or None
+    return (
+        tuple(
+            TierConfig(
+                name=tier.name,
+                tenants=tier.tenants,
+                fallback=FallbackRight.NEVER if tier.fallback is FallbackRight.NEVER else None,
+            )
+            for tier in spec.tiers
+        )
+        or None
+    )
 
 
 def boot_knobs(resource: MoEDeployment) -> Knobs:
@@ -263,9 +273,6 @@ def forbidden(spec: MoEDeploymentSpec, target: FallbackTarget) -> str | None:
         return "spec.fallback.dataPolicy.egress is ZeroRetentionOnly, and this target may keep what it gets"
     if policy.egress == Egress.REGION and target.region not in policy.regions:
         return "spec.fallback.dataPolicy.regions does not hold its region"
-    barred = [tier.name for tier in spec.tiers if tier.fallback == FallbackRight.NEVER]
-    if barred:
-        return f"tier {barred[0]} may not spill, and the gateway does not spill by tier yet"
     return None
 
 

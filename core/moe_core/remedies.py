@@ -201,11 +201,12 @@ def quality_guard(setting: Setting, home: Setting, bounds: KnobBounds) -> Move |
 
 
 def _queue_wait_s(signals: Signals, slo: SloConfig) -> float | None:
-    """Little's law: those who wait, over the rate at which requests finish."""
-    if not signals.waiting or signals.completed_per_s is None:
+    """Little's law: those who wait at the replicas, over the rate at which these finish requests. What a closed API
+    answers shortens no queue: counted in, spilling would hide the pressure that it comes from."""
+    if not signals.waiting or signals.local_per_s is None:
         return None
-    if signals.completed_per_s > 0:
-        return signals.waiting / signals.completed_per_s
+    if signals.local_per_s > 0:
+        return signals.waiting / signals.local_per_s
     # Nothing has finished in the window: in danger once the queue is as long as the batch.
     limit = _limit_total(signals)
     return slo.ttft_p95_s * signals.waiting / limit if limit else None

@@ -116,7 +116,8 @@ class Signals(Model):
     dropped_share: float | None = Field(default=None, description="of demanded slots")
     # From the gateways.
     arrivals_per_s: float | None = None
-    completed_per_s: float | None = None
+    completed_per_s: float | None = Field(default=None, description="wherever they were answered")
+    local_per_s: float | None = Field(default=None, description="requests that the own replicas answered")
     in_flight: int | None = None
     prompt_tokens: float | None = Field(default=None, description="per finished request")
     output_tokens: float | None = Field(default=None, description="per finished request")

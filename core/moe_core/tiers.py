@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+from moe_api.enums import FallbackRight
 from moe_api.spec import DEFAULT_TIER
 from moe_core.config import TierConfig
 from moe_core.wire import ExpertKnobs, Overflow
@@ -42,6 +43,13 @@ def tier_of(tiers: Sequence[TierConfig], tenant: str | None, claim: str | None) 
         allowed = ", ".join(dict.fromkeys([own, *open_]))
         raise TierRefused(f"x-moestack-tier: this request may not be of tier {claim[:63]!r}; it may be of {allowed}")
     return claim
+
+
+def may_spill(tiers: Sequence[TierConfig], tier: str) -> bool:
+    """Whether a request of this tier may go to a closed API. A tier that is there no more may not: nobody knows what
+    it was allowed."""
+    named = next((each for each in tiers if each.name == tier), None)
+    return tier == DEFAULT_TIER if named is None else named.fallback is not FallbackRight.NEVER
 
 
 def experts_of(per_token: Mapping[str, int], tier: str | None) -> int:

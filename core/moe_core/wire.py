@@ -29,12 +29,29 @@ Percent = Annotated[dict[str, Annotated[int, Field(ge=0, le=100)]], AfterValidat
 """Traffic share by revision, in percent. They sum to 100, or to 0: then no request goes to a local revision."""
 
 
+class LayerFactors(Model):
+    """Capacity factors of one layer. None leaves that phase uncapped there."""
+
+    prefill: Decimal | None = Field(default=None, gt=0)
+    decode: Decimal | None = Field(default=None, gt=0)
+
+    @field_serializer("prefill", "decode", when_used="json-unless-none")
+    def _decimal(self, value: Decimal) -> str:
+        return format(value.normalize(), "f")
+
+
 class ExpertKnobs(Model):
     """Expert capacity in force. A capacity factor of None leaves that phase uncapped."""
 
     overflow: Overflow = Overflow.UNLIMITED
     capacity_factor_prefill: Decimal | None = Field(default=None, gt=0)
     capacity_factor_decode: Decimal | None = Field(default=None, gt=0)
+    capacity_factor_by_layer: (
+        Annotated[dict[Annotated[int, Field(ge=0)], LayerFactors], Field(max_length=512)] | None
+    ) = Field(
+        default=None,
+        description="layer of the model → its own factors, in place of the two above; None: no layer has its own",
+    )
     per_token: dict[str, int] = Field(
         default_factory=dict, description="tier name → experts per token (k); a tier not named takes the model's own"
     )
@@ -42,6 +59,11 @@ class ExpertKnobs(Model):
     @field_serializer("capacity_factor_prefill", "capacity_factor_decode", when_used="json-unless-none")
     def _decimal(self, value: Decimal) -> str:
         return format(value.normalize(), "f")
+
+    def factors(self, layer: int) -> LayerFactors:
+        """Capacity factors of a layer, by its number in the model."""
+        own = (self.capacity_factor_by_layer or {}).get(layer)
+        return own or LayerFactors(prefill=self.capacity_factor_prefill, decode=self.capacity_factor_decode)
 
 
 class EngineKnobs(Model):

@@ -19,6 +19,8 @@ from moe_gateway.upstream import Rejected
 PREFIX = "/v1"
 _POST = {PREFIX + endpoint.value: endpoint for endpoint in Endpoint}
 _MODELS = PREFIX + "/models"
+_NOT_SERVED = {PREFIX + path: PREFIX + Endpoint.CHAT.value for path in ("/responses", "/messages")}
+"""Calls that the engine would answer and the gateway does not pass: the one to use instead."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -48,6 +50,11 @@ class App:
             await self._models(scope["method"], path, out)
         elif endpoint is not None:
             await out.error(_wrong_method("POST"))
+        elif (instead := _instead_of(path)) is not None:
+            message = (
+                f"{path[:200]} is not served: the gateway knows neither its tier nor its cost there; use {instead}"
+            )
+            await out.error(ApiError(404, message, code="unsupported_url"))
         else:
             await out.error(ApiError(404, f"unknown path {path[:200]}", code="unknown_url"))
 
@@ -94,7 +101,7 @@ class App:
         if request.model != gateway.config.model:
             message = f"the model {request.model[:200]!r} does not exist; there is {gateway.config.model!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
-        check_arguments(request)
+        check_arguments(request, call.tier, ours=any(upstream.ours for upstream in gateway.fleet.revisions))
         call.stream = request.stream
         call.enter(Phase.DECIDING, gateway.clock.monotonic())
         watch = asyncio.create_task(_watch(receive, call, out))
@@ -173,6 +180,11 @@ async def _watch(receive: Receive, call: Call, out: Responder) -> None:
             if not out.finished:
                 call.cancel(Stop.CLIENT_GONE)
             return
+
+
+def _instead_of(path: str) -> str | None:
+    """The call to use in place of one that is known and not served; None for any other path."""
+    return next((use for known, use in _NOT_SERVED.items() if path == known or path.startswith(known + "/")), None)
 
 
 def _wrong_method(allowed: str) -> ApiError:

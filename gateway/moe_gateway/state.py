@@ -32,6 +32,7 @@ from moe_core.spill import (
     Thresholds,
     decide,
 )
+from moe_core.tiers import may_spill
 from moe_core.wire import GatewayDigest, Knobs, Weights
 from moe_gateway.budget import Budget, cost_usd
 from moe_gateway.call import Call, Phase, Stop
@@ -139,6 +140,7 @@ class Gateway:
 
     def _context(self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None) -> SpillContext:
         now_s = self.clock.monotonic()
+        allowed = self.fleet.targets if may_spill(self.config.tiers or (), call.tier) else ()
         return SpillContext(
             now_s=now_s,
             prompt_tokens=self.fleet.prompt_tokens(len(request.raw)),
@@ -147,7 +149,7 @@ class Gateway:
             revisions=tuple(self._revision_views(now_s)),
             targets=tuple(
                 TargetView(target.name, target.available(now_s), self.cost_bound_usd(request, target), target.estimate)
-                for target in self.fleet.targets
+                for target in allowed
                 if target.target is not None and takes(target.target, request.endpoint)
             ),
             budget_left_usd=self.budget.left_usd() if self.fleet.targets else None,

@@ -16,6 +16,7 @@ from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint
 
 TENANT_HEADER, TIER_HEADER = "x-moestack-tenant", "x-moestack-tier"
 _ARGUMENTS = "vllm_xargs"
+_BEAM_SEARCH = "use_beam_search"
 
 
 def tier_from(config: GatewayConfig, headers: Mapping[bytes, bytes]) -> str:
@@ -30,8 +31,13 @@ def tier_from(config: GatewayConfig, headers: Mapping[bytes, bytes]) -> str:
         raise ApiError(403, str(refused), kind="permission_error", code="tier_refused", param=TIER_HEADER) from None
 
 
-def check_arguments(request: ApiRequest) -> None:
-    """Refuse what a client set under names that are ours. Raises ApiError 400."""
+def check_arguments(request: ApiRequest, tier: str, *, ours: bool = True) -> None:
+    """Refuse what a client set under names that are ours, and what would lose its tier in an engine of ours. Raises
+    ApiError 400."""
+    if ours and tier != DEFAULT_TIER and request.document.get(_BEAM_SEARCH):
+        # vLLM runs each beam as requests that it makes itself, without the arguments of the one that asked.
+        message = f"{_BEAM_SEARCH}: beams would lose tier {tier!r}; leave it out, or ask for several answers by n"
+        raise ApiError(400, message, code="unsupported_parameter", param=_BEAM_SEARCH)
     arguments = request.document.get(_ARGUMENTS)
     if arguments is None:
         return

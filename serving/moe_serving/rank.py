@@ -117,7 +117,12 @@ class Rank:
         self.batch = now
 
     def check(self, knobs: ExpertKnobs) -> None:
-        """Raises KnobsRefused if a layer cannot follow."""
+        """Raises KnobsRefused if a layer cannot follow, or is none of this model's."""
+        known = [layer.index for layer in self.layers]
+        for index in knobs.capacity_factor_by_layer or ():
+            if index not in known:
+                there = f"{min(known)} to {max(known)}" if known else "none"
+                raise KnobsRefused(f"experts.capacityFactorByLayer: no MoE layer {index}; there are {there}")
         for layer in self.layers:
             _check_k(layer, knobs)
             _check_capacity(layer, knobs)
@@ -132,10 +137,10 @@ class Rank:
             return
         self.check(knobs)
         self.overflow.fill_(MODES[knobs.overflow])
-        gammas = (knobs.capacity_factor_prefill, knobs.capacity_factor_decode)
-        micro = torch.tensor([0 if gamma is None else int(gamma * GAMMA_SCALE) for gamma in gammas])
         for layer in self.layers:
-            layer.gamma_micro.copy_(micro)
+            gammas = knobs.factors(layer.index)
+            micro = [0 if gamma is None else int(gamma * GAMMA_SCALE) for gamma in (gammas.prefill, gammas.decode)]
+            layer.gamma_micro.copy_(torch.tensor(micro))
         self.knobs = knobs
         self.knobs_version = version
 
@@ -185,11 +190,14 @@ def _check_capacity(layer: Layer, knobs: ExpertKnobs) -> None:
         return
     _check_follows(layer, "experts.overflow")
     fewest = min((layer.top_k, *knobs.per_token.values()))
-    for name, gamma in (("prefill", knobs.capacity_factor_prefill), ("decode", knobs.capacity_factor_decode)):
+    own = layer.index in (knobs.capacity_factor_by_layer or ())
+    knob = f"experts.capacityFactorByLayer[{layer.index}]" if own else "experts.capacityFactor"
+    gammas = knobs.factors(layer.index)
+    for name, gamma in (("prefill", gammas.prefill), ("decode", gammas.decode)):
         try:
             check_gamma(gamma, fewest)
         except CapacityRefused as refused:
-            raise KnobsRefused(f"experts.capacityFactor.{name}: {refused}") from None
+            raise KnobsRefused(f"{knob}.{name}: {refused}") from None
 
 
 def _check_follows(layer: Layer, knob: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import xml.etree.ElementTree as ET
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moe_cli.heat import LEVELS, Of, binned, grid, level, since
 from moe_cli.outcome import Exit, Refusal
 from moe_cli.say import Say
 from moe_core.clock import FakeClock
-from moe_core.wire import ExpertKnobs, ExpertMatrix, LayerLoad
+from moe_core.wire import ExpertKnobs, ExpertMatrix, LayerFactors, LayerLoad
 
 
 def layer(number: int, demand: list[int], assigned: list[int] | None = None, **changes: Any) -> LayerLoad:
@@ -79,6 +80,12 @@ def test_the_map_names_model_replica_knobs_and_window() -> None:
     assert head[0] == "tiny · replica r1 · 2 EP ranks"
     assert head[1] == "knobs version 4: Drop, capacity factor prefill 1.25, decode uncapped"
     assert head[2] == "window 30 s: 50 tokens routed"
+
+
+def test_the_map_says_that_layers_have_capacity_of_their_own() -> None:
+    knobs = SKEWED.knobs.model_copy(update={"capacity_factor_by_layer": {1: LayerFactors(decode=Decimal(2))}})
+    head = drawn(SKEWED.model_copy(update={"knobs": knobs}), width=120)
+    assert head[1].endswith("prefill 1.25, decode uncapped; 1 layer has its own")
 
 
 def test_a_row_shows_load_over_mean_and_what_capacity_did() -> None:

@@ -289,7 +289,12 @@ def test_a_target_that_cannot_be_used_is_refused_and_left_out_with_tiny(
         ("nothing may leave", {"dataPolicy": {"egress": "Never"}}, {}, 0),
         ("only to who keeps nothing", {"dataPolicy": {"egress": "ZeroRetentionOnly"}}, {}, 1),
         ("only to a region", {"dataPolicy": {"egress": "Region", "regions": ["eu-west-1"]}}, {}, 1),
-        ("a tier may not spill", {}, {"tiers": [{"name": "strict", "tenants": ["t"], "fallback": "Never"}]}, 0),
+        (
+            "a tier may not spill, others may",
+            {},
+            {"tiers": [{"name": "strict", "tenants": ["t"], "fallback": "Never"}]},
+            2,
+        ),
         ("all may", {}, {}, 2),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_api.enums import FallbackRight
 from moe_core.config import TierConfig
-from moe_core.tiers import OWN_K, SALT_PREFIX, TierRefused, cache_salt, experts_of, tier_of
-from moe_core.wire import ExpertKnobs, Overflow
+from moe_core.tiers import OWN_K, SALT_PREFIX, TierRefused, cache_salt, experts_of, may_spill, tier_of
+from moe_core.wire import ExpertKnobs, LayerFactors, Overflow
 
 GOLD = TierConfig(name="gold", tenants=("acme", "globex"))
 BATCH = TierConfig(name="batch", tenants=("etl",))
@@ -59,6 +60,22 @@ def test_a_tier_that_a_request_may_not_have_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("name", "tiers", "tier", "want"),
+    [
+        ("nothing is said", TIERS, "gold", True),
+        ("never", (TierConfig(name="gold", fallback=FallbackRight.NEVER),), "gold", False),
+        ("another tier never", (TierConfig(name="gold", fallback=FallbackRight.NEVER), BATCH), "batch", True),
+        ("no tier", TIERS, "default", True),
+        ("no tiers at all", (), "default", True),
+        ("default never", (TierConfig(name="default", fallback=FallbackRight.NEVER),), "default", False),
+        ("gone since", TIERS, "silver", False),
+    ],
+)
+def test_which_tiers_spill(name: str, tiers: tuple[TierConfig, ...], tier: str, want: bool) -> None:
+    assert may_spill(tiers, tier) is want
+
+
+@pytest.mark.parametrize(
     ("tier", "want"), [("gold", 4), ("default", 2), (None, 2), ("draft", OWN_K), ("gone since", OWN_K)]
 )
 def test_experts_per_token_of_a_tier(tier: str | None, want: int) -> None:
@@ -72,6 +89,12 @@ def knobs(overflow: str = "Unlimited", prefill: str | None = None, decode: str |
         capacity_factor_decode=None if decode is None else Decimal(decode),
         per_token=k,
     )
+
+
+def own(prefill: str, overflow: str = "Drop") -> ExpertKnobs:
+    """Every layer has γ 2, and layer 3 another."""
+    by_layer = {3: LayerFactors(prefill=Decimal(prefill))}
+    return knobs(overflow, "2").model_copy(update={"capacity_factor_by_layer": by_layer})
 
 
 Setting = tuple[str | None, str | None, ExpertKnobs]
@@ -91,6 +114,9 @@ Setting = tuple[str | None, str | None, ExpertKnobs]
         ("γ of prefill", (None, None, knobs("Drop", "1.5")), (None, None, knobs("Drop", "1.25")), False),
         ("γ of the other phase", (None, None, knobs("Drop", "1.5")), (None, None, knobs("Drop", None, "1.5")), False),
         ("overflow", (None, None, knobs("Drop", "1.5")), (None, None, knobs("Reroute", "1.5")), False),
+        ("a layer's own γ", (None, None, own("1.5")), (None, None, own("1.25")), False),
+        ("a layer's own γ and none", (None, None, own("1.5")), (None, None, knobs("Drop", "2")), False),
+        ("a layer's own γ that binds nothing", (None, None, knobs()), (None, None, own("1.5", "Unlimited")), True),
         ("capped and not", (None, None, knobs("Drop", "1.5")), (None, None, knobs()), False),
         ("k", (None, "a", knobs(a=2)), (None, "a", knobs(a=3)), False),
         ("k set and the model's own", (None, None, knobs(default=2)), (None, None, knobs()), False),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
+from moe_core.config import TierConfig
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
-from tests.gateway.harness import MODEL, Client, chat, config, running
+from tests.gateway.harness import MODEL, Client, chat, config, running, until
 
 TIERS = [{"name": "gold", "tenants": ["acme"]}, {"name": "batch", "tenants": ["etl"]}, {"name": "draft"}]
 RAW = b'{"messages": [{"role":"user","content":"h\\u00e9"}],\n "model":"tiny", "seed" : 1.50}'
@@ -22,9 +24,19 @@ RAW = b'{"messages": [{"role":"user","content":"h\\u00e9"}],\n "model":"tiny", "
         ("an open tier", {"x_moestack_tier": "draft"}, "draft"),
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-async def test_our_engine_is_told_the_tier(name: str, headers: dict[str, str], tier: str, path: str) -> None:
-    body = chat(False, vllm_xargs={"session_id": "s"}, prompt="a")
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/chat/completions", {}),
+        ("/v1/chat/completions", {"stream": True, "n": 2}),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "best_of": 3, "cache_salt": "mine"}),
+    ],
+    ids=["chat", "a stream of two choices", "several prompts and a salt"],
+)
+async def test_our_engine_is_told_the_tier(
+    name: str, headers: dict[str, str], tier: str, path: str, more: dict[str, Any]
+) -> None:
+    body = chat(False, vllm_xargs={"session_id": "s"}) | more
     async with FakeUpstream() as local, running(config(local, tiers=TIERS)) as client:
         assert (await client.post(body, path, **headers)).status == 200
         assert local.requests == [{**body, "vllm_xargs": {"session_id": "s", "moestack_tier": tier}}]
@@ -116,3 +128,89 @@ async def test_embeddings_carry_no_tier() -> None:
     async with FakeUpstream() as local, running(config(local, tiers=TIERS)) as client:
         assert (await client.post(raw, "/v1/embeddings", x_moestack_tenant="acme")).status == 200
         assert local.bodies == [raw]
+
+
+async def test_the_tier_goes_along_to_the_next_revision() -> None:
+    async with FakeUpstream(Behaviour(status=500)) as first, FakeUpstream() as second:
+        made = config([first, second], tiers=TIERS)
+        async with running(made.model_copy(update={"weights": {"r0": 50, "r1": 50}})) as client:
+            answers = [await client.post(chat(False), x_moestack_tenant="acme") for _ in range(2)]
+    assert [answer.status for answer in answers] == [200, 200]
+    told = [request["vllm_xargs"] for request in (*first.requests, *second.requests)]
+    assert len(told) > 2
+    assert told == [{"moestack_tier": "gold"}] * len(told)
+
+
+async def test_beams_that_would_lose_their_tier_are_refused() -> None:
+    body = chat(False, use_beam_search=True, n=2)
+    async with FakeUpstream() as local, running(config(local, tiers=TIERS)) as client:
+        error = await refusal(client, local, body, x_moestack_tenant="acme")
+        assert (error["status"], error["code"], error["param"]) == (400, "unsupported_parameter", "use_beam_search")
+        assert "'gold'" in error["message"]
+        assert (await client.post(body)).status == 200
+        assert (await client.post(chat(False, use_beam_search=False), x_moestack_tenant="acme")).status == 200
+
+
+async def test_beams_of_an_engine_that_knows_no_tiers_pass() -> None:
+    async with FakeUpstream() as external:
+        made = config(external, tiers=TIERS)
+        made = made.model_copy(update={"revisions": (made.revisions[0].model_copy(update={"board_url": None}),)})
+        async with running(made) as client:
+            assert (await client.post(chat(False, use_beam_search=True), x_moestack_tenant="acme")).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/resp_1/cancel", "/v1/messages"])
+async def test_a_call_that_would_go_without_its_tier_is_refused_by_name(path: str) -> None:
+    async with FakeUpstream() as local, running(config(local, tiers=TIERS)) as client:
+        answer = await client.post({"model": MODEL, "input": "a"}, path, x_moestack_tenant="acme")
+        assert (answer.status, answer.error["code"]) == (404, "unsupported_url")
+        assert path in answer.error["message"]
+        assert answer.error["message"].endswith("use /v1/chat/completions")
+        assert local.requests == []
+
+
+SPILLING = [{"name": "gold", "tenants": ["acme"], "fallback": "Never"}, {"name": "batch", "tenants": ["etl"]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "tiers", "tenant", "status"),
+    [
+        ("may not spill", SPILLING, "acme", 529),
+        ("may", SPILLING, "etl", 200),
+        ("has no tier", SPILLING, "initech", 200),
+        ("nobody without a tier may", [{"name": "default", "fallback": "Never"}], "initech", 529),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_spills_where_its_tier_may(
+    name: str, tiers: list[dict[str, Any]], tenant: str, status: int, stream: bool
+) -> None:
+    async with (
+        FakeUpstream(Behaviour(status=503)) as local,
+        FakeUpstream() as target,
+        running(config(local, target, tiers=tiers)) as client,
+    ):
+        answer = await client.post(chat(stream), x_moestack_tenant=tenant)
+    assert answer.status == status
+    assert len(target.requests) == (status == 200)
+    assert all("vllm_xargs" not in request for request in target.requests)
+
+
+async def test_tiers_that_change_bind_new_requests_and_what_is_under_way_spills_no_further() -> None:
+    gate = asyncio.Event()
+    async with FakeUpstream() as local, FakeUpstream() as target:
+        local.behaviours = [Behaviour(gate=gate), Behaviour(status=503, first_s=0.3)]
+        made = config(local, target, tiers=TIERS)
+        async with running(made) as client:
+            under_way = [asyncio.create_task(client.post(chat(False), x_moestack_tenant="acme"))]
+            await until(lambda: len(local.requests) == 1)
+            under_way.append(asyncio.create_task(client.post(chat(False), x_moestack_tenant="acme")))
+            await until(lambda: len(local.requests) == 2)
+            changed = made.model_copy(update={"tiers": (TierConfig(name="silver", tenants=("acme",)),)})
+            await client.server.gateway.reconfigure(changed, "2")
+            gate.set()
+            assert [(await answer).status for answer in under_way] == [200, 529]
+            assert target.requests == []
+            assert (await client.post(chat(False), x_moestack_tier="gold")).status == 403
+            assert (await client.post(chat(False), x_moestack_tenant="acme")).status == 200
+    assert [request["vllm_xargs"]["moestack_tier"] for request in local.requests] == ["gold", "gold", "silver"]

@@ -122,10 +122,6 @@ LEFT_OUT = {
         {"far": "spec.fallback.targets[1]"},
     ),
     "no price": ((put("fallback.targets", [PRICELESS]),), {"gpt": "spec.fallback.targets[0].price"}),
-    "a tier that never spills": (
-        (put("tiers", [{"name": "gold", "fallback": "Never"}]),),
-        {"gpt": "spec.fallback.targets[0]"},
-    ),
     "a name that metrics take": (
         (put("fallback.targets", [compatible("none")]),),
         {"none": "spec.fallback.targets[0].name"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -213,12 +214,21 @@ CAPPED = {"overflow": "Reroute", "capacityFactorPrefill": "1"}
         (FEW, {"bypassed": "monolithic kernel"}, r"experts\.perToken: .* bypasses the router \(monolithic"),
         ({**CAPPED, **FEW, "capacityFactorDecode": "0.4"}, {}, r"capacityFactor\.decode: .*at least 0\.5"),
         ({**CAPPED, "capacityFactorPrefill": "0.3"}, {}, r"capacityFactor\.prefill: .*at least 0\.3333"),
+        ({**CAPPED, "capacityFactorByLayer": {"2": {"prefill": "2"}}}, {}, r"no MoE layer 2; there are 0 to 1"),
+        ({"capacityFactorByLayer": {"7": {}}}, {}, r"experts\.capacityFactorByLayer: no MoE layer 7"),
+        (
+            {**CAPPED, **FEW, "capacityFactorByLayer": {"1": {"decode": "0.4"}}},
+            {},
+            r"capacityFactorByLayer\[1\]\.decode: .*at least 0\.5",
+        ),
         (CAPPED, {"routing": None, "why_unknown": "hash-routed"}, r"experts\.overflow: .* counted only \(hash"),
         (CAPPED, {"bypassed": "monolithic kernel"}, r"experts\.overflow: .* bypasses the router \(monolithic"),
     ],
     ids=[
         "k above the model's", "k of nothing", "k where scores are unknown", "k where bypassed",
-        "γ · min k < 1 by tier", "γ · k < 1", "capacity where scores are unknown", "capacity where bypassed",
+        "γ · min k < 1 by tier", "γ · k < 1",
+        "γ of a layer that is not there", "even where nothing is capped", "γ of a layer too low",
+        "capacity where scores are unknown", "capacity where bypassed",
     ],
 )  # fmt: skip
 def test_knobs_that_a_layer_cannot_follow_are_refused_whole(
@@ -233,6 +243,20 @@ def test_knobs_that_a_layer_cannot_follow_are_refused_whole(
         rank.apply(ExpertKnobs.model_validate(knobs), 2)
     assert (rank.knobs, rank.knobs_version) == (before, 1)
     assert [each.gamma_micro.tolist() for each in rank.layers] == [[0, 2_000_000]] * 2
+
+
+def test_a_layer_holds_its_own_capacity_and_the_others_the_common_one() -> None:
+    rank = a_rank(layers=3)
+    by_layer = {"1": {"prefill": "1.5", "decode": "1.5"}, "2": {}}
+    rank.apply(ExpertKnobs.model_validate({**CAPPED, "capacityFactorByLayer": by_layer}), 1)
+    assert [layer.gamma_micro.tolist() for layer in rank.layers] == [[1_000_000, 0], [1_500_000, 1_500_000], [0, 0]]
+    rows = logits()
+    rank.begin_step(phases((PREFILL, T)), 0)
+    held = [max(load(routed(rank, rows, layer)[1])) for layer in range(3)]
+    mean = T * K / E
+    assert held[0] <= math.ceil(mean) < held[1] <= math.ceil(1.5 * mean) < held[2]
+    rank.apply(ExpertKnobs.model_validate(CAPPED), 2)
+    assert [layer.gamma_micro.tolist() for layer in rank.layers] == [[1_000_000, 0]] * 3
 
 
 def test_k_of_the_model_itself_is_accepted_where_nothing_can_be_cut() -> None:

@@ -177,7 +177,7 @@ class FakeGateway:
             itl_p95_s=self.itl_p95_s,
             slo_attained=1.0,
             targets=(
-                TargetDigest(name="local", local=True),
+                TargetDigest(name="local", local=True, requests=self.arrivals),
                 *((TargetDigest(name="gpt", local=False),) if self.closed_api else ()),
             ),
         )

@@ -75,6 +75,16 @@ def test_gateways_are_summed_and_the_worst_percentile_counts() -> None:
     assert read.spill_share == pytest.approx(8 / 80)
 
 
+def test_what_a_closed_api_answered_is_no_work_of_the_replicas() -> None:
+    targets = (
+        TargetDigest(name="r0", local=True, requests=9, failures=1),
+        TargetDigest(name="r1", local=True, requests=12),
+        TargetDigest(name="gpt", local=False, requests=20),
+    )
+    read = fold(Observation(None, (gateway(targets=targets),)), Track(), 0.0)[0].signals
+    assert (read.completed_per_s, read.local_per_s) == (pytest.approx(4.0), pytest.approx(2.0))
+
+
 def test_an_idle_gateway_has_a_rate_and_no_lengths() -> None:
     idle = gateway(arrivals=0, completed=0, prompt_tokens=0, output_tokens=0, ttft_p95_s=None, slo_attained=None)
     read = fold(Observation(None, (idle,)), Track(), 0.0)[0].signals

@@ -231,6 +231,19 @@ def test_spill_waits_for_cheaper_remedies_and_for_a_target() -> None:
     assert failing.outside == "a closed API is failing"
 
 
+def test_spilling_does_not_hide_the_queue_it_comes_from() -> None:
+    """The closed API answers 36 of 40 a second within the promise, so the percentile of all of them looks well."""
+    flooded = signals(
+        arrivals_per_s=40.0, completed_per_s=40.0, local_per_s=4.0, waiting=8, running=16, spill_share=0.9
+    )
+    state = RetuneState(home=setting(), pressed_since_s=0.0)
+    decision, _ = decide(context(5.0, flooded, setting()), state)
+    assert "queue wait 2 s" in decision.reason
+    assert ACTIVE_SEQS in decision.changed
+    few = flooded.model_copy(update={"waiting": 1})
+    assert decide(context(5.0, few, setting()), state)[0].setting is None
+
+
 def test_a_slower_engine_without_a_change_of_traffic_is_relieved_and_undone_by_slack() -> None:
     plant = Plant(setting(seqs=64))
     trace = run(plant, [Traffic(rate=6)] * 120)
@@ -281,6 +294,7 @@ any_signals = st.builds(
     lost_gate_mass=st.one_of(st.none(), st.floats(0, 0.1)),
     arrivals_per_s=st.one_of(st.none(), st.floats(0, 1000)),
     completed_per_s=st.one_of(st.none(), st.floats(0, 1000)),
+    local_per_s=st.one_of(st.none(), st.floats(0, 1000)),
     prompt_tokens=st.one_of(st.none(), st.floats(0, 1e6)),
     output_tokens=st.one_of(st.none(), st.floats(0, 1e6)),
     ttft_p95_s=seconds,

@@ -169,6 +169,7 @@ def _from_gateways(gateways: tuple[GatewayDigest, ...]) -> dict[str, object]:
         "window_s": window_s,
         "arrivals_per_s": sum(d.arrivals / d.window_s for d in gateways),
         "completed_per_s": sum(d.completed / d.window_s for d in gateways),
+        "local_per_s": sum((t.requests - t.failures) / d.window_s for d in gateways for t in d.targets if t.local),
         "in_flight": sum(digest.in_flight for digest in gateways),
         "prompt_tokens": sum(d.prompt_tokens for d in gateways) / completed if completed else None,
         "output_tokens": sum(d.output_tokens for d in gateways) / completed if completed else None,
