@@ -32,8 +32,8 @@ def rendered(case: Case) -> list[Rendered]:
 def settled_in(plane: ControlPlane, made: Rendered, namespace: str) -> dict[str, Any]:
     """The body in the test's own namespace, owned by something that lives there.
 
-    The owner that the cases name is nowhere: once the garbage collector has heard of MoEDeployments, which takes it half
-    a minute after their CRD, it deletes what such an owner has.
+    The owner that the cases name is nowhere: once the garbage collector has heard of MoEDeployments, which takes it
+    half a minute after their CRD, it deletes what such an owner has.
     """
     body = copy.deepcopy(made.body)
     body["metadata"]["namespace"] = namespace

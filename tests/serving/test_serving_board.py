@@ -143,11 +143,18 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     await it.board.close()
 
 
+EXPERTS = {
+    "overflow": "Reroute",
+    "capacityFactorPrefill": "1.25",
+    "capacityFactorByLayer": {"1": {"prefill": "2", "decode": "1.5"}},
+}
+
+
 def knobs(version: int, **engine: int) -> Knobs:
     return Knobs(
         deployment=DEPLOYMENT,
         version=version,
-        experts=ExpertKnobs.model_validate({"overflow": "Reroute", "capacityFactorPrefill": "1.25"}),
+        experts=ExpertKnobs.model_validate(EXPERTS),
         engine=EngineKnobs.model_validate(engine),
     )
 
@@ -164,6 +171,7 @@ async def test_knobs_reach_every_rank_and_are_acknowledged(world: World) -> None
     assert world.engine.limits == (4, 512)
     digest = (await world.until("/v1/digests", lambda value: value[0]["knobsVersion"] == 5))[0]
     assert digest["engine"]["maxActiveSeqs"] == 4
+    assert digest["knobs"] == {**EXPERTS, "perToken": {}}
     assert (await world.get("/v1/knobs"))[0] == 200
 
 
