@@ -27,13 +27,21 @@ class LimitRefused(ValueError):
 
 
 def check_limits(
-    wanted: Limits, ceiling: Limits, *, draft_tokens: int, chunked_prefill: bool, longest: int, running: int = 0
+    wanted: Limits,
+    ceiling: Limits,
+    *,
+    draft_tokens: int,
+    chunked_prefill: bool,
+    longest: int,
+    running: int = 0,
+    chunk: int = 0,
 ) -> Limits:
     """The limits, if they are safe. Raises LimitRefused that names the knob, the value and the bound.
 
     The running loop stops when a step's token budget is spent, so each active sequence needs its 1 + draft tokens in
     every step, and so do those that run already; without chunked prefill a prompt longer than the budget would wait
-    for ever.
+    for ever. A prefill in chunks takes what is left over and runs last, unless `chunk` (long-prefill-token-threshold,
+    0: none) lets others in behind it: then each may take that much before them.
     """
     if not 1 <= wanted.active_seqs <= ceiling.active_seqs:
         raise LimitRefused(
@@ -41,6 +49,9 @@ def check_limits(
         )
     sequences = max(wanted.active_seqs, running)
     floor = sequences * (1 + draft_tokens)
+    if 0 < chunk < ceiling.batched_tokens:
+        # No engine gives more than it was launched for: there the launch itself made them wait for one another.
+        floor = max(floor, min(sequences * chunk, ceiling.batched_tokens))
     if not chunked_prefill:
         floor = max(floor, longest)
     if not floor <= wanted.batched_tokens <= ceiling.batched_tokens:
@@ -68,6 +79,7 @@ def moestack_set_limits(self: Any, active_seqs: int | None, batched_tokens: int 
         chunked_prefill=bool(config.enable_chunked_prefill),
         longest=int(scheduler.max_model_len),
         running=len(scheduler.running),
+        chunk=int(config.long_prefill_token_threshold or 0),
     )
     scheduler.max_num_active_reqs = wanted.active_seqs
     scheduler.max_num_scheduled_tokens = wanted.batched_tokens

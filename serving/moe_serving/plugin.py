@@ -54,7 +54,8 @@ def register() -> None:
     wrap_once(EngineCore, "preprocess_add_request", tiers.salt_request)
     wrap_once(EngineCore, "add_request", tiers.settle_new)
     wrap_once(EngineCore, "collective_rpc", tiers.follow_knobs)
-    wrap_once(KVCacheCoordinator, "cache_blocks", tiers.cache_unless_straddling)
+    # vLLM 0.31 has a second one of its own for models with several kinds of KV cache.
+    wrap_each(KVCacheCoordinator, "cache_blocks", tiers.cache_unless_straddling)
     for name in engine_core.UTILITIES:
         if not hasattr(EngineCore, name):
             setattr(EngineCore, name, getattr(engine_core, name))
@@ -72,6 +73,14 @@ def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Calla
     wrapped.__wrapped__ = original  # type: ignore[attr-defined]  # so that its own signature can still be read
     setattr(wrapped, _MARK, True)
     setattr(owner, name, wrapped)
+
+
+def wrap_each(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """The same for `owner.name` and for that of each subclass, known so far, which has one of its own."""
+    wrap_once(owner, name, make)
+    heirs: list[type] = owner.__subclasses__()
+    for heir in heirs:
+        wrap_each(heir, name, make)
 
 
 def _with_worker_extension(original: Callable[..., Any]) -> Callable[..., Any]:

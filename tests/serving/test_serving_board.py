@@ -204,6 +204,37 @@ async def test_knobs_for_another_deployment_are_refused(world: World) -> None:
     assert "default/other" in answer["error"]
 
 
+async def test_a_replica_that_restarts_gets_the_limits_in_force_and_each_version_acts_once(world: World) -> None:
+    sent = SIGNER.sign(knobs(5, max_active_seqs=4, max_batched_tokens=64)).to_json()
+    assert (await world.post(sent))[0] == 202
+    await world.until("/v1/acks?version=5", lambda value: value["complete"])
+    engine, calls = FakeEngine(), list[str]()
+    core = engine.core
+
+    async def counted(method: str, *args: Any) -> Any:
+        calls.append(method)
+        return await core(method, *args)
+
+    engine.core = counted  # type: ignore[method-assign]
+    control = Control(engine, "replica-2", "local")
+    await control.start()
+    link = Link(control, world.connect, Verifier([SIGNER.public_pem()]), SystemClock(), get_log("test"))
+    task = asyncio.create_task(link.run())
+    try:
+        acks = await world.until("/v1/acks?version=5", lambda value: len(value["acks"]) == 4 and value["complete"])
+        assert {ack["replica"] for ack in acks["acks"]} == {"replica-1", "replica-2"}
+        assert engine.limits == world.engine.limits == (4, 64)
+        assert engine.knobs == world.engine.knobs
+        assert await world.post(sent) == (200, {"version": 5})
+        again = await control.apply(Knobs.model_validate_json(sent["payload"]))
+        assert [(ack.version, ack.error) for ack in again] == [(5, None)] * 2
+        assert calls.count("moestack_set_limits") == 1
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 async def test_what_the_engine_refuses_is_not_half_applied(world: World) -> None:
     await world.send(knobs(1, max_active_seqs=8))
     await world.until("/v1/acks?version=1", lambda value: value["complete"])

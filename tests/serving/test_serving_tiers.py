@@ -20,7 +20,7 @@ from moe_serving import tiers
 from moe_serving.batch import step_of
 from moe_serving.capacity import DECODE, PREFILL
 from moe_serving.engine_core import count_preemptions
-from moe_serving.plugin import wrap_once
+from moe_serving.plugin import wrap_each, wrap_once
 from moe_serving.tiers import experts_of_requests, tier_of
 
 BLOCK = 4
@@ -320,25 +320,29 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
-def test_vllms_own_cache_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kinds", [1, 2], ids=["one kind of KV cache", "two kinds, as with sliding windows"])
+def test_vllms_own_cache_is_kept_apart(monkeypatch: pytest.MonkeyPatch, kinds: int) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("vllm")
     from vllm.sampling_params import SamplingParams
     from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core import kv_cache_coordinator as coordinators
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
     from vllm.v1.request import Request
 
-    monkeypatch.setattr(
-        KVCacheCoordinator, "cache_blocks", tiers.cache_unless_straddling(KVCacheCoordinator.cache_blocks)
-    )
+    for found_class in (value for value in vars(coordinators).values() if isinstance(value, type)):
+        if "cache_blocks" in vars(found_class):  # so that each is its own again after the test
+            monkeypatch.setattr(found_class, "cache_blocks", found_class.cache_blocks)
+    wrap_each(coordinators.KVCacheCoordinator, "cache_blocks", tiers.cache_unless_straddling)
     init_none_hash(sha256)
     hasher = get_request_block_hasher(BLOCK, sha256)
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+    specs = [FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=64)][:kinds]
+    groups = [KVCacheGroupSpec([f"layer{number}"], spec) for number, spec in enumerate(specs)]
     manager = KVCacheManager(
-        KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]),
+        KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=groups),
         max_model_len=64,
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,

@@ -27,6 +27,10 @@ CEILING = Limits(64, 2048)
         ("decodes would starve", Limits(32, 31), {}, "need 32 tokens"),
         ("running sequences would starve", Limits(2, 8), {"running": 9}, "need 9 tokens"),
         ("drafts count", Limits(32, 64), {"draft_tokens": 2}, "need 96 tokens"),
+        ("prefills in chunks run side by side", Limits(8, 255), {"chunk": 32}, "need 256 tokens"),
+        ("and have room", Limits(8, 256), {"chunk": 32}, None),
+        ("chunks as large as a step run last", Limits(8, 8), {"chunk": 2048}, None),
+        ("no more than the launch gave", Limits(64, 2048), {"chunk": 512}, None),
         ("a long prompt would wait for ever", Limits(8, 512), {"chunked_prefill": False, "longest": 1024}, "1024"),
     ],
 )
