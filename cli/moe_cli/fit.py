@@ -199,9 +199,7 @@ class _Edit:
         self.ranks = asked if asked <= room else 2 ** (room.bit_length() - 1)
         why = f"ranks on {machine.cores} cores"
         self._set(spec["hardware"], "spec.hardware", "gpusPerReplica", self.ranks, why)
-        data = spec["parallelism"].get("data") or 1
-        if self.ranks != asked or data > 1:
-            why = why if self.ranks != asked else "data-parallel ranks are not served on a CPU yet"
+        if self.ranks != asked:
             for name in ("tensor", "data", "pipeline", "expert"):
                 if spec["parallelism"].get(name):
                     self._tell(f"spec.parallelism.{name}", spec["parallelism"].pop(name), "chosen to fit", why)

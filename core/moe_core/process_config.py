@@ -195,14 +195,17 @@ def checkpoint_source(model: ModelSpec, claims: str) -> str:
 
 def unserved(config: ServingConfig) -> tuple[Problem, ...]:
     """What the engine cannot run yet. The builder refuses the same."""
-    remedy = "use tensor parallelism"
     found = []
-    if config.data_parallel > 1:
-        message = "data-parallel gangs are not served yet"
-        found.append(Problem("spec.parallelism.data", message, remedy))
+    if config.data_parallel > 1 and not config.expert_parallel:
+        message = "experts in slices are not served with data-parallel attention yet"
+        remedy = f"set it to {config.tensor_parallel * config.data_parallel}, or leave it out"
+        found.append(Problem("spec.parallelism.expert", message, remedy))
     if config.pipeline_parallel > 1:
         message = "pipeline stages are not served yet"
-        found.append(Problem("spec.parallelism.pipeline", message, remedy))
+        found.append(Problem("spec.parallelism.pipeline", message, "use tensor or data parallelism"))
+    if config.engine_args.get("enable_dbo"):
+        message = "routers would see halves of a batch, which the plugin cannot tell apart yet"
+        found.append(Problem("spec.engine.extraArgs.enable-dbo", message, "leave it out"))
     if config.source.startswith("az://"):
         message = "the engine reads no az:// address yet"
         found.append(Problem("spec.model.source", message, "use s3://, gs://, pvc://, or a repository"))

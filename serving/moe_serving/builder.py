@@ -15,6 +15,9 @@ DRAIN_S, DRAIN_LOOK_S = 60.0, 0.5
 """A replica that is to stop lets its requests end for so long: the silence that the gateway allows a stream. One that
 is idle stops at the first look. Serve's own figures are 20 s and 2 s."""
 
+CORES = "VLLM_CPU_OMP_THREADS_BIND"
+"""vLLM's variable for the cores of each rank on a CPU."""
+
 
 class NotServable(ValueError):
     """A configuration that this engine cannot run; the message names the field."""
@@ -27,7 +30,7 @@ def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
     kwargs: dict[str, Any] = {
         "tensor_parallel_size": config.tensor_parallel,
         "pipeline_parallel_size": config.pipeline_parallel,
-        "enable_expert_parallel": config.expert_parallel and config.tensor_parallel > 1,
+        "enable_expert_parallel": config.expert_parallel and config.tensor_parallel * config.data_parallel > 1,
         "max_num_seqs": config.max_active_seqs,
         "max_num_batched_tokens": config.max_batched_tokens,
         "enable_prefix_caching": config.prefix_caching,
@@ -38,6 +41,9 @@ def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
         "worker_extension_cls": "moe_serving.worker.WorkerExtension",
         **config.engine_args,
     }
+    if config.data_parallel > 1:
+        # Rank, address and port of each data-parallel rank are found by its gang when it starts.
+        kwargs["data_parallel_size"] = config.data_parallel
     if config.max_model_len is not None:
         kwargs["max_model_len"] = config.max_model_len
     if config.source_revision is not None and isinstance(_source(config.source), str):
@@ -50,13 +56,14 @@ def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
 def engine_env(config: ServingConfig, cores: Sequence[int]) -> dict[str, str]:
     """Environment of the engine's processes. On a CPU each rank is bound to its share of the cores (their ids)."""
     if config.accelerator != "cpu":
-        return {}
-    ranks = config.tensor_parallel
+        # The plugin follows the steps of the first model runner alone.
+        return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    ranks = config.tensor_parallel * config.data_parallel
     share = max(1, len(cores) // ranks)
     shares = [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, ids)) for ids in shares),
+        CORES: "|".join(",".join(map(str, ids)) for ids in shares),
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -67,7 +74,7 @@ def build_app(args: dict[str, Any] | ServingConfig) -> Any:
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
     from moe_serving import board
-    from moe_serving.server import MoEServer
+    from moe_serving.server import MoEGangServer, MoEServer
 
     config = args if isinstance(args, ServingConfig) else ServingConfig.model_validate(args)
     kwargs = engine_kwargs(config)
@@ -94,9 +101,14 @@ def build_app(args: dict[str, Any] | ServingConfig) -> Any:
     return build_llm_deployment(
         llm_config,
         bind_kwargs={"serving": config.to_json()},
-        deployment_cls=serve.ingress()(MoEServer),
+        deployment_cls=serve.ingress()(MoEGangServer if config.data_parallel > 1 else MoEServer),
         override_serve_options={"name": ENGINE_DEPLOYMENT},
     )
+
+
+def rank_cores(bound: str, data_rank: int, ranks: int) -> str:
+    """Of the cores of all ranks ("0,1|2,3|…"), those of one data-parallel rank, which has `ranks` of its own."""
+    return "|".join(bound.split("|")[data_rank * ranks : (data_rank + 1) * ranks])
 
 
 def _kind(accelerator: str) -> str:

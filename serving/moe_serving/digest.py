@@ -14,6 +14,11 @@ HOTTEST = 3
 """Experts by name in each layer's digest: enough to see a hot spot, few enough for Prometheus."""
 
 
+_BY_EXPERT = ("demand", "assigned")
+_ADDED = ("tokens", "dropped", "rerouted", "overflow_kept", "lost_gate_mass", "touched")
+"""Counters of `moestack_read` that add up over parts of a batch: lists by expert, and numbers."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """Who reports."""
@@ -44,18 +49,18 @@ def build(
 ) -> tuple[ReplicaDigest, Totals]:
     """The digest of a replica, and the totals that the next one is counted from.
 
-    `ranks` are answers of `moestack_read`, by rank; under tensor parallelism each routes the same tokens, so load is
-    read from the first and only times differ. `scheduler` is the answer of `moestack_scheduler_state`.
+    `ranks` are answers of `moestack_read`, by rank. `scheduler` is the answer of `moestack_scheduler_state`. An engine
+    that is one rank of data-parallel attention counts what its own requests demand, of every EP rank of its gang.
     """
-    first = ranks[0]
+    first = _whole(ranks)
     layers: list[LayerDigest] = []
     totals: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for position, layer in enumerate(first["layers"]):
-        owners = [rank["layers"][position]["mine"] for rank in ranks]
+        owners = _owners(ranks, position)
         now = (tuple(layer["demand"]), tuple(layer["assigned"]))
         totals[position] = now
         layers.append(_layer(layer, now, before.layers.get(position), owners))
-    work = None if shapes is None else _work(ranks)
+    work = None if shapes is None else _work(first, ranks)
     digest = ReplicaDigest(
         replica=who.replica,
         revision=who.revision,
@@ -80,16 +85,44 @@ def build(
             busy_s_total=max(float(rank["busy_s"]) for rank in ranks),
             rank_moe_s_total=tuple(float(rank["moe_s"]) for rank in ranks),
         ),
-        utilisation=None if shapes is None or work is None else measure(shapes, peaks, work, before.work),
+        utilisation=None
+        if shapes is None or work is None
+        else measure(shapes, peaks, work, before.work, reads_known=not _shares_experts(ranks)),
         layers=tuple(layers),
     )
     return digest, Totals(totals, before.seq + 1, work)
 
 
-def _work(ranks: Sequence[Mapping[str, Any]]) -> Work:
+def _whole(ranks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """An engine's counters. Under tensor parallelism each rank routes the same tokens, so the first tells them; where
+    tokens are cut into a part for each rank before they are routed (sequence parallel), the ranks add up."""
+    layers = [_joined([rank["layers"][position] for rank in ranks]) for position in range(len(ranks[0]["layers"]))]
+    return {**ranks[0], "layers": layers}
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    if not parts[0].get("split"):
+        return parts[0]
+    slots = {name: [sum(row) for row in zip(*(part[name] for part in parts), strict=True)] for name in _BY_EXPERT}
+    sums = {name: sum(part[name] for part in parts) for name in _ADDED}
+    return {**parts[0], **slots, **sums, "max_prefill_load": max(part["max_prefill_load"] for part in parts)}
+
+
+def _owners(ranks: Sequence[Mapping[str, Any]], position: int) -> Sequence[Sequence[int] | None]:
+    """Experts of each EP rank, in the order of ranks."""
+    places: Sequence[Sequence[int]] | None = ranks[0]["layers"][position].get("places")
+    return places or [rank["layers"][position]["mine"] for rank in ranks]
+
+
+def _shares_experts(ranks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether experts of other engines serve this one's tokens, and its experts theirs (data-parallel attention)."""
+    return any(len(_owners(ranks, position)) > len(ranks) for position in range(len(ranks[0]["layers"])))
+
+
+def _work(first: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Work:
     """Each rank reads its own part of the cache; a step lasts as long as its slowest rank."""
     return Work.of(
-        ranks[0],
+        first,
         kv_bytes=sum(float(rank["work"]["decode_kv_bytes"]) for rank in ranks),
         busy_s=max(float(rank["busy_s"]) for rank in ranks),
         decode_busy_s=max(float(rank["work"]["decode_busy_s"]) for rank in ranks),
@@ -98,10 +131,10 @@ def _work(ranks: Sequence[Mapping[str, Any]]) -> Work:
 
 def matrix(who: Identity, at_s: float, ranks: Sequence[Mapping[str, Any]]) -> ExpertMatrix:
     """Every layer's load since the replica started, from answers of `moestack_read`."""
-    first = ranks[0]
+    first = _whole(ranks)
     layers = []
     for position, layer in enumerate(first["layers"]):
-        owners = [rank["layers"][position]["mine"] for rank in ranks]
+        owners = _owners(ranks, position)
         layers.append(
             LayerLoad(
                 layer=int(layer["layer"]),

@@ -13,6 +13,7 @@ SUPPORTED = "vLLM 0.32"
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _SPIN = "vllm.distributed.device_communicators.shm_broadcast:SpinCondition"
+_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator"
 _EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts"
 
 
@@ -75,7 +76,7 @@ ENGINE_CPU: tuple[Need, ...] = (
 
 WORKER: tuple[Need, ...] = (
     Parameters("vllm.distributed.parallel_state:get_tp_group", ()),
-    Attributes("vllm.distributed.parallel_state:GroupCoordinator", ("cpu_group", "world_size")),
+    Attributes("vllm.distributed.parallel_state:GroupCoordinator", ("cpu_group", "world_size", "rank_in_group")),
     Parameters("vllm.model_executor.models.dbrx:DbrxModel.load_weights", ("self", "weights")),
     Parameters(f"{_ROUTER}.__init__", ("self", "top_k", "global_num_experts"), more=True),
     Parameters(f"{_ROUTER}._compute_routing", ROUTE),
@@ -89,14 +90,27 @@ WORKER: tuple[Need, ...] = (
         ("num_reqs", "req_ids", "num_computed_tokens_cpu", "num_prompt_tokens"),
     ),
     Attributes(
-        "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner", ("router", "routed_experts", "layer_name")
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner",
+        ("router", "routed_experts", "layer_name", "do_naive_dispatch_combine"),
     ),
     Attributes(
-        "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts", ("quant_method", "expert_map")
+        "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts",
+        ("quant_method", "expert_map", "expert_map_manager", "moe_config"),
+    ),
+    Attributes(
+        "vllm.model_executor.layers.fused_moe.expert_map_manager:ExpertMapManager", ("ep_size", "placement_strategy")
+    ),
+    Parameters(
+        "vllm.model_executor.layers.fused_moe.expert_map_manager:determine_expert_map",
+        ("ep_size", "ep_rank", "global_num_experts", "expert_placement_strategy"),
+        more=True,
     ),
 )  # fmt: skip
 
 WORKER_CPU: tuple[Need, ...] = (
+    Attributes(_COMMUNICATOR, ("world_size", "rank_in_group", "device_group")),
+    Parameters(f"{_COMMUNICATOR}.all_gatherv", ("self", "input_", "dim", "sizes")),
+    Parameters(f"{_COMMUNICATOR}.reduce_scatterv", ("self", "input_", "dim", "sizes")),
     Parameters("vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model", ("self",), more=True),
     Parameters(
         f"{_EXPERTS}.apply",

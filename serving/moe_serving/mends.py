@@ -1,9 +1,13 @@
-"""Faults of the supported vLLM that keep a model family from loading, and that a few lines mend."""
+"""What the supported vLLM lacks or breaks, and a few lines mend: a family that does not load, collectives of a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 
 def find_dbrx_experts(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,3 +27,45 @@ def find_dbrx_experts(original: Callable[..., Any]) -> Callable[..., Any]:
 def moved(name: str) -> str:
     """Where a DBRX weight lies now: blocks.0.ffn.experts.mlp.w1 → blocks.0.ffn.experts.routed_experts.mlp.w1."""
     return name.replace(".ffn.experts.mlp.", ".ffn.experts.routed_experts.mlp.")
+
+
+def lend_gatherv(communicator: type, base: type) -> None:
+    """Give the communicator of a CPU what data-parallel attention dispatches and combines by.
+
+    Without it the first batch of a data-parallel engine ends in NotImplementedError of `all_gatherv` (vLLM 0.32.0).
+    A vLLM whose communicator has its own keeps them.
+    """
+    for name, function in (("all_gatherv", all_gatherv), ("reduce_scatterv", reduce_scatterv)):
+        if getattr(communicator, name) is getattr(base, name):
+            setattr(communicator, name, function)
+
+
+def all_gatherv(
+    self: Any, input_: Tensor | list[Tensor], dim: int = 0, sizes: Sequence[int] | None = None
+) -> Tensor | list[Tensor]:
+    """Rows of every rank, in the order of ranks; `sizes`: how many each has, by default as many as this one."""
+    if isinstance(input_, list):
+        return [_gathered(self, one, dim, sizes) for one in input_]
+    return _gathered(self, input_, dim, sizes)
+
+
+def _gathered(self: Any, mine: Tensor, dim: int, sizes: Sequence[int] | None) -> Tensor:
+    if dim != 0:
+        raise ValueError(f"all_gatherv on a CPU gathers rows, not dimension {dim}")
+    sizes = sizes or [mine.shape[0]] * self.world_size
+    longest = max(sizes)
+    padded = pad(mine, (*(0, 0) * (mine.dim() - 1), 0, longest - mine.shape[0])).contiguous()
+    every = mine.new_empty((self.world_size * longest, *mine.shape[1:]))
+    torch.distributed.all_gather_into_tensor(every, padded, group=self.device_group)
+    return torch.cat([every[rank * longest :][:size] for rank, size in enumerate(sizes)])
+
+
+def reduce_scatterv(self: Any, input_: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's rows of the sum over ranks, added up in float32; `sizes`: rows of each, by default even shares."""
+    if dim not in (0, -input_.dim()):
+        raise ValueError(f"reduce_scatterv on a CPU scatters rows, not dimension {dim}")
+    sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
+    summed = input_.to(torch.float32, copy=True)
+    torch.distributed.all_reduce(summed, group=self.device_group)
+    first = sum(sizes[: self.rank_in_group])
+    return summed[first : first + sizes[self.rank_in_group]].to(input_.dtype)

@@ -149,16 +149,18 @@ class Rank:
         layer = self.layers[index]
         tokens = topk_ids.shape[0]
         eager = topk_ids.device.type == "cpu"
-        if eager and not self.batch:  # warm-up and profiling runs
+        # Warm-up and profiling runs, steps of a data-parallel rank without work, and rows of other ranks.
+        if layer.bypassed or (eager and not self.batch):
             return topk_weights.clone(), topk_ids.clone()
-        if tokens > self.phase.shape[0]:
-            self.reserve(tokens)
-        phase, token_k = self.phase[:tokens], self.token_k[:tokens]
+        first = layer.part * tokens if layer.parts > 1 else 0
+        if first + tokens > self.phase.shape[0]:
+            self.reserve(first + tokens)
+        phase, token_k = self.phase[first : first + tokens], self.token_k[first : first + tokens]
         out_weights, out_ids = route(
             layer, phase, token_k, self.overflow, topk_weights, topk_ids, logits, early_out=eager
         )
         if self.recorder is not None:
-            real = min(tokens, self.batch)
+            real = max(0, min(tokens, self.batch - first))
             self.recorder.append(
                 {
                     "step": self.steps,

@@ -29,7 +29,8 @@ class Layer:
 
     `gamma_micro` [2] is γ of this layer by phase in millionths, 0 where uncapped. `demand` and `assigned` [E] are
     slots by expert before and after capacity, `max_prefill_load` is the most that one expert took in one step;
-    `touched` is distinct experts with a slot, summed over steps that only decode.
+    `touched` is distinct experts with a slot, summed over steps that only decode. `places` are the experts of each EP
+    rank. Where the step's tokens are cut into `parts` for routing (sequence parallel), this rank routes number `part`.
     """
 
     index: int
@@ -40,6 +41,9 @@ class Layer:
     why_unknown: str = ""
     bypassed: str = ""
     owner: Tensor | None = None
+    places: tuple[tuple[int, ...], ...] | None = None
+    part: int = 0
+    parts: int = 1
     gamma_micro: Tensor = field(default_factory=lambda: torch.zeros(PHASES, dtype=torch.int64))
     demand: Tensor = field(default_factory=_none)
     assigned: Tensor = field(default_factory=_none)

@@ -64,10 +64,11 @@ def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Ev
 
     from moe_serving import board, builder
 
-    # Logical CPUs: one for each rank and the replica; the rest for Serve's own actors.
+    ranks = config.tensor_parallel * config.data_parallel
+    # Logical CPUs: one for each rank and for each engine; the rest for Serve's own actors.
     ray.init(
         address="local",
-        num_cpus=config.tensor_parallel * config.replicas_max + 4,
+        num_cpus=(config.tensor_parallel + 1) * config.data_parallel * config.replicas_max + 3,
         include_dashboard=False,
         namespace="moestack",
         _temp_dir=str(temp),
@@ -79,7 +80,7 @@ def _serve(config: ServingConfig, http_port: int, temp: Path, stop: threading.Ev
         board_url = board.ensure(config)
         serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         _tell(stage="ray", state="done")
-        _tell(stage="engine", state="start", detail=f"{config.source}, {config.tensor_parallel} ranks")
+        _tell(stage="engine", state="start", detail=f"{config.source}, {ranks} ranks")
         app = builder.build_app(config)
         serve.run_many(
             [serve.RunTarget(app, name=APPLICATION, route_prefix="/")],

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.deployment import DPServer, LLMServer
 
 from moe_core.clock import SystemClock
 from moe_core.config import ServingConfig
@@ -17,6 +17,7 @@ from moe_core.log import configure, get_log
 from moe_core.signing import Verifier
 from moe_core.wire import Knobs
 from moe_serving import board
+from moe_serving.builder import CORES, rank_cores
 from moe_serving.control import AsyncLLMEngine, Control
 from moe_serving.hardware import peaks_of
 from moe_serving.link import BoardCalls, Link
@@ -80,6 +81,22 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
         )
         await handle.start.remote()
         return _ActorCalls(handle)
+
+
+class MoEGangServer(MoEServer, DPServer):  # type: ignore[misc]  # ray ships no types
+    """A replica that is one rank of data-parallel attention: it has its own requests, engine core and knobs, and its
+    gang holds the experts together. Serve starts and restarts gangs whole.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits constructors
+        self, llm_config: Any, *, serving: dict[str, Any]
+    ) -> None:
+        bound = os.environ.get(CORES)
+        if bound is not None:
+            # Each engine of a gang takes itself for the first of its machine.
+            rank = serve.get_replica_context().gang_context.rank
+            os.environ[CORES] = rank_cores(bound, rank, int(serving.get("tensorParallel", 1)))
+        await super().__init__(llm_config, serving=serving)
 
 
 class _ActorCalls:

@@ -114,16 +114,21 @@ def flops(shapes: Shapes, work: Work) -> float:
     return 2.0 * (dense + experts + work.pairs * shapes.score_width)
 
 
-def measure(shapes: Shapes, peaks: Peaks, now: Work, before: Work | None) -> Utilisation:
-    """Totals, and rates since `before` (since the start where there is none)."""
-    read, done = decode_bytes(shapes, now), flops(shapes, now)
-    was_read = 0.0 if before is None else decode_bytes(shapes, before)
+def measure(shapes: Shapes, peaks: Peaks, now: Work, before: Work | None, *, reads_known: bool = True) -> Utilisation:
+    """Totals, and rates since `before` (since the start where there is none).
+
+    `reads_known` is False for one rank of data-parallel attention: which experts its devices read is decided by the
+    tokens of all ranks, and it counts its own. Then no bytes are told, and no S-MBU.
+    """
+    done = flops(shapes, now)
+    read = decode_bytes(shapes, now) if reads_known else 0.0
+    was_read = 0.0 if before is None or not reads_known else decode_bytes(shapes, before)
     was_done = 0.0 if before is None else flops(shapes, before)
     busy_s = now.busy_s - (0.0 if before is None else before.busy_s)
     decode_s = now.decode_busy_s - (0.0 if before is None else before.decode_busy_s)
     steps = now.decode_steps - (0 if before is None else before.decode_steps)
     touched = sum(now.touched) - (0 if before is None else sum(before.touched))
-    bytes_s = (read - was_read) / decode_s if decode_s > 0 and steps else None
+    bytes_s = (read - was_read) / decode_s if decode_s > 0 and steps and reads_known else None
     flops_s = (done - was_done) / busy_s if busy_s > 0 else None
     return Utilisation(
         decode_steps_total=now.decode_steps,

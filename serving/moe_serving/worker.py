@@ -25,7 +25,8 @@ from moe_core.wire import ExpertKnobs
 from moe_serving import hooks
 from moe_serving.agreement import Proposal, everyone, objection
 from moe_serving.batch import step_of
-from moe_serving.mends import find_dbrx_experts
+from moe_serving.mends import find_dbrx_experts, lend_gatherv
+from moe_serving.parallel import note_form
 from moe_serving.plugin import enabled, wrap_once
 from moe_serving.rank import RANK, now
 from moe_serving.shapes import METER, kv_groups, shapes
@@ -41,10 +42,14 @@ def install() -> None:
     if not current_platform.is_cpu():
         wrap_once(GPUModelRunner, "load_model", _number_after_load)
     else:
+        from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+        from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         from moe_serving.cpu_experts import hooked_apply
+
+        lend_gatherv(CpuCommunicator, DeviceCommunicatorBase)
 
         wrap_once(CPUModelRunner, "load_model", _number_after_load)
         wrap_once(CPUUnquantizedExperts, "apply", hooked_apply)
@@ -99,9 +104,8 @@ def number_layers(model: Any, bypassed: str = "") -> None:
             layer.bypassed = "no kernel of ours for this device yet"
         elif experts is not None and not layer.bypassed and (unable := _keeps_dropped_slots(experts.quant_method)):
             layer.routing, layer.why_unknown = None, unable
+        note_form(layer, module)
         layer.bypassed = bypassed or layer.bypassed
-        expert_map = getattr(experts, "expert_map", None)
-        layer.owner = None if expert_map is None else (expert_map >= 0).cpu()
 
 
 class _Unrouted:
@@ -229,6 +233,8 @@ class WorkerExtension:
                     "demand": layer.demand.tolist(),
                     "assigned": layer.assigned.tolist(),
                     "mine": None if layer.owner is None else torch.nonzero(layer.owner).squeeze(1).tolist(),
+                    "places": layer.places,
+                    "split": layer.parts > 1,
                     "tokens": int(layer.tokens),
                     "dropped": int(layer.dropped),
                     "rerouted": int(layer.rerouted),

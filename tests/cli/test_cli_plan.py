@@ -153,7 +153,12 @@ def test_a_broken_local_checkpoint_is_refused_even_with_tiny() -> None:
         ("redundant experts", {"hardware": H100, "experts": {"redundant": 2}}, {}, {"spec.experts.redundant": "0"}),
         ("experts per token", {"experts": {"perToken": 8}}, {}, {"spec.experts.perToken": "4"}),
         ("of a tier", {"tiers": [{"name": "gold", "expertsPerToken": 8}]}, {}, {"spec.tiers[0].expertsPerToken": "4"}),
-        ("data parallel", {"parallelism": {"data": 2}}, {}, {"spec.parallelism.data": "chosen to fit"}),
+        (
+            "data-parallel ranks that do not fit",
+            {"hardware": H100, "parallelism": {"data": 4}},
+            {},
+            {"spec.parallelism.data": "chosen to fit"},
+        ),
         ("a model in a store", {"model": {"id": QWEN, "source": "s3://b/m"}}, {}, {"spec.model.source": TINY}),
         ("scaled to nothing", {"replicas": {"min": 0}, "fallback": FALLBACK}, {}, {"spec.replicas.min": "1"}),
         ("no secret", {"fallback": FALLBACK}, {}, {"spec.fallback.targets[0]": "left out"}),

@@ -171,6 +171,24 @@ CASES: dict[str, Case] = {
     "profile-a-api-first": example("profile-a-api-first", runs=False),
     "full-servable": example("full", *SERVABLE, shown=BRIEF),
     "two-nodes": example("laptop", put("hardware.gpusPerReplica", 16), plan=TWO_NODES, shown=ENGINE),
+    "data-parallel": example(
+        "laptop", put("hardware.gpusPerReplica", 8), put("parallelism", {"data": 8}), shown=ENGINE
+    ),
+    "data-parallel-nodes": example(
+        "laptop",
+        put("hardware.gpusPerReplica", 16),
+        put("parallelism", {"tensor": 2, "data": 8, "expert": 16}),
+        put("engine.extraArgs", {"all2all-backend": "deepep_high_throughput"}),
+        put("replicas", {"min": 1, "max": 2}),
+        shown=ENGINE,
+    ),
+    "data-parallel-cpu": example(
+        "laptop",
+        put("hardware", {"accelerator": "cpu", "gpusPerReplica": 2}),
+        put("parallelism", {"data": 2}),
+        put("model.source", "pvc://models/tiny"),
+        shown=ENGINE,
+    ),
     "cpu": example(
         "laptop",
         put("hardware", {"accelerator": "cpu", "gpusPerReplica": 2}),
@@ -278,7 +296,7 @@ def main() -> None:
         path.unlink()
     for name, case in CASES.items():
         (GOLDEN / f"{name}.yaml").write_text(golden(case))
-    for name in ("laptop", "full-servable", "two-nodes", "cpu"):
+    for name in ("laptop", "full-servable", "two-nodes", "cpu", "data-parallel-nodes"):
         kept = Released(RELEASED / RENDERER_VERSION / name)
         if not kept.folder.exists():
             kept.write(CASES[name])

@@ -31,7 +31,8 @@ class FakeRay:
         vars(serve)["ingress"] = lambda: lambda cls: cls
         vars(llm)["LLMConfig"] = self._config
         vars(llm)["build_llm_deployment"] = self._build
-        vars(server)["MoEServer"] = type("MoEServer", (), {})
+        for name in ("MoEServer", "MoEGangServer"):
+            vars(server)[name] = type(name, (), {})
         for name, module in {"ray": ray, "ray.serve": serve, "ray.serve.llm": llm}.items():
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setitem(sys.modules, "moe_serving.server", server)
@@ -53,7 +54,10 @@ def application(case: Case) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["laptop", "full-servable", "two-nodes", "cpu", "scale-from-zero"])
+SERVED = ["laptop", "full-servable", "two-nodes", "cpu", "scale-from-zero", "data-parallel", "data-parallel-nodes"]
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_the_application_is_built_from_what_is_rendered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray, rendered = FakeRay(monkeypatch), application(CASES[name])
     module, _, function = rendered["import_path"].partition(":")
@@ -64,6 +68,12 @@ def test_the_application_is_built_from_what_is_rendered(name: str, monkeypatch: 
     assert ray.built["override_serve_options"] == {"name": options["name"]}, "bounds must reach the deployment"
     bounds = ray.llm_config["deployment_config"]["autoscaling_config"]
     assert bounds.keys() == options["autoscaling_config"].keys(), "what serveConfigV2 says replaces all of it"
+    gang = rendered["args"]["dataParallel"]
+    assert ray.built["deployment_cls"].__name__ == ("MoEServer" if gang == 1 else "MoEGangServer")
+    # Ray's gang server multiplies the builder's bounds by itself, and takes those of serveConfigV2 as they are.
+    asked = options["autoscaling_config"]
+    wanted = CASES[name].bounds
+    assert (asked["min_replicas"], asked["max_replicas"]) == (wanted.min * gang, wanted.max * gang)
     (at_board,) = ray.boards
     assert (at_board.board_host, at_board.board_port) == ("0.0.0.0", BOARD_PORT)
     assert at_board.revision == CASES[name].revision
@@ -114,9 +124,11 @@ def test_a_commit_of_a_repository_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
         assert (kwargs.get("revision"), kwargs.get("tokenizer_revision")) == (expected, expected)
 
 
-@pytest.mark.parametrize("size", ["data_parallel", "pipeline_parallel"])
-def test_operator_and_builder_refuse_the_same(size: str) -> None:
-    config = ServingConfig.model_validate({"deployment": "d/m", "model": "m", "source": "m", size: 2})
+@pytest.mark.parametrize(
+    "asked", [{"pipeline_parallel": 2}, {"data_parallel": 2, "expert_parallel": False}], ids=["pipeline", "slices"]
+)
+def test_operator_and_builder_refuse_the_same(asked: dict[str, Any]) -> None:
+    config = ServingConfig.model_validate({"deployment": "d/m", "model": "m", "source": "m", **asked})
     (problem,) = process_config.unserved(config)
     with pytest.raises(builder.NotServable) as refused:
         builder.engine_kwargs(config)

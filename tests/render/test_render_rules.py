@@ -141,7 +141,14 @@ def test_the_head_has_no_gpu_and_no_secret_of_the_engine() -> None:
 
 
 REFUSED: dict[str, tuple[Case, str]] = {
-    "data parallel": (example("laptop", put("parallelism", {"data": 4})), r"spec\.parallelism\.data"),
+    "data parallel, experts in slices": (
+        example("laptop", put("parallelism", {"data": 4, "expert": 1})),
+        r"spec\.parallelism\.expert: .*set it to 4",
+    ),
+    "microbatches": (
+        example("laptop", put("engine.extraArgs", {"enable-dbo": "true"})),
+        r"spec\.engine\.extraArgs\.enable-dbo",
+    ),
     "pipeline": (example("laptop", put("parallelism", {"pipeline": 2})), r"spec\.parallelism\.pipeline"),
     "an unknown vendor": (
         example("laptop", put("hardware.accelerator", "intel-gaudi3")),

@@ -130,7 +130,7 @@ class Kernel:
 def moe(name: str, router: Any, *, monolithic: bool = False, kernel: Any = None) -> Any:
     module = torch.nn.Module()
     module.router, module.layer_name = router, name
-    config = SimpleNamespace(num_experts=8, experts_per_token=2)
+    config = SimpleNamespace(num_experts=8, experts_per_token=2, is_sequence_parallel=False)
     quant_method = SimpleNamespace(is_monolithic=monolithic, moe_kernel=SimpleNamespace(fused_experts=kernel))
     module.routed_experts = SimpleNamespace(quant_method=quant_method, expert_map=None, moe_config=config)
     return module

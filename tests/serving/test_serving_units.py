@@ -94,15 +94,12 @@ def test_ranks_are_bound_to_their_own_cores() -> None:
     config = ServingConfig(deployment="a/b", model="m", source="/m", tensor_parallel=2)
     assert engine_env(config, [0, 1])["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
     assert engine_env(config, [1, 3, 4, 6])["VLLM_CPU_OMP_THREADS_BIND"] == "1,3|4,6"
-    assert engine_env(config.model_copy(update={"accelerator": "nvidia-h100"}), [0, 1]) == {}
 
 
 def test_engine_arguments_never_trust_remote_code() -> None:
     config = ServingConfig(deployment="a/b", model="m", source="/m", tensor_parallel=2)
     assert engine_kwargs(config)["trust_remote_code"] is False
     assert engine_kwargs(config)["enable_expert_parallel"] is True
-    with pytest.raises(NotServable, match=r"spec\.parallelism\.data"):
-        engine_kwargs(config.model_copy(update={"data_parallel": 2}))
     with pytest.raises(NotServable, match=r"spec\.parallelism\.pipeline"):
         engine_kwargs(config.model_copy(update={"pipeline_parallel": 2}))
 

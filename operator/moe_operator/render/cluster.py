@@ -107,13 +107,17 @@ def _cluster(engine: Engine) -> Json:
                 "minReplicas": engine.spec.replicas.min,
                 "maxReplicas": engine.spec.replicas.ceiling,
                 "numOfHosts": engine.plan.nodes_per_replica,
-                # A slot for each rank, one for the replica itself and one for what prepares it: Ray's own books, which
-                # say nothing about cores.
-                "rayStartParams": {"num-cpus": str(engine.plan.gpus_per_node + 2), **_object_store(GIB)},
+                "rayStartParams": {"num-cpus": str(_slots(engine.plan)), **_object_store(GIB)},
                 "template": _worker(engine),
             }
         ],
     }
+
+
+def _slots(plan: Plan) -> int:
+    """CPUs of one pod in Ray's own books, which say nothing about cores: one for each rank, one for each engine that
+    begins here (one for each data-parallel rank), and one for what prepares them."""
+    return plan.gpus_per_node + max(1, plan.gpus_per_node // plan.tensor) + 1
 
 
 def _object_store(number: int) -> Json:

@@ -116,7 +116,10 @@ def _serve_config(serving: ServingConfig, bounds: Bounds) -> str:
     arguments = {name: value for name, value in serving.to_json().items() if name not in _BOUNDS}
     deployment = {
         "name": process_config.ENGINE_DEPLOYMENT,
-        "autoscaling_config": process_config.autoscaling(bounds.min, bounds.max, serving.max_active_seqs),
+        # Serve counts data-parallel ranks, each a replica of its own; bounds count their gangs.
+        "autoscaling_config": process_config.autoscaling(
+            bounds.min * serving.data_parallel, bounds.max * serving.data_parallel, serving.max_active_seqs
+        ),
     }
     application = {
         "name": process_config.APPLICATION,
