@@ -71,19 +71,32 @@ def engine_env(config: ServingConfig, cores: Sequence[int]) -> dict[str, str]:
 def build_app(args: dict[str, Any] | ServingConfig) -> Any:
     """The Serve application. `args` is a ServingConfig in its JSON form. Raises NotServable."""
     from ray import serve
-    from ray.serve.llm import LLMConfig, build_llm_deployment
+    from ray.serve.llm import build_llm_deployment
 
     from moe_serving import board
     from moe_serving.server import MoEGangServer, MoEServer
 
     config = args if isinstance(args, ServingConfig) else ServingConfig.model_validate(args)
-    kwargs = engine_kwargs(config)
+    server_config = llm_config(config)
     if config.board_port:
         # Before any replica, so that it answers while engines load, and where there is none yet.
         board.ensure(config)
-    llm_config = LLMConfig(
+    # The engine's own HTTP application is served by the replica itself: no ingress process between.
+    return build_llm_deployment(
+        server_config,
+        bind_kwargs={"serving": config.to_json()},
+        deployment_cls=serve.ingress()(MoEGangServer if config.data_parallel > 1 else MoEServer),
+        override_serve_options={"name": ENGINE_DEPLOYMENT},
+    )
+
+
+def llm_config(config: ServingConfig) -> Any:
+    """Ray's configuration of the server. Raises NotServable."""
+    from ray.serve.llm import LLMConfig
+
+    return LLMConfig(
         model_loading_config={"model_id": config.model, "model_source": _source(config.source)},
-        engine_kwargs=kwargs,
+        engine_kwargs=engine_kwargs(config),
         # The workers are all alike, so no replica has to look for a type of GPU that Ray may not know by name.
         accelerator_config={"kind": _kind(config.accelerator)},
         deployment_config={
@@ -96,13 +109,6 @@ def build_app(args: dict[str, Any] | ServingConfig) -> Any:
         runtime_env={"env_vars": engine_env(config, sorted(os.sched_getaffinity(0)))},
         log_engine_metrics=False,
         experimental_configs={"stream_batching_interval_ms": 0},
-    )
-    # The engine's own HTTP application is served by the replica itself: no ingress process between.
-    return build_llm_deployment(
-        llm_config,
-        bind_kwargs={"serving": config.to_json()},
-        deployment_cls=serve.ingress()(MoEGangServer if config.data_parallel > 1 else MoEServer),
-        override_serve_options={"name": ENGINE_DEPLOYMENT},
     )
 
 

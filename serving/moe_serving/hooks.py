@@ -78,6 +78,11 @@ WORKER: tuple[Need, ...] = (
     Parameters("vllm.distributed.parallel_state:get_tp_group", ()),
     Attributes("vllm.distributed.parallel_state:GroupCoordinator", ("cpu_group", "world_size", "rank_in_group")),
     Parameters("vllm.model_executor.models.dbrx:DbrxModel.load_weights", ("self", "weights")),
+    Parameters(
+        "vllm.model_executor.models.dbrx:DbrxExperts.weight_loader",
+        ("self", "param", "loaded_weight", "weight_name", "shard_id"),
+        more=True,
+    ),
     Parameters(f"{_ROUTER}.__init__", ("self", "top_k", "global_num_experts"), more=True),
     Parameters(f"{_ROUTER}._compute_routing", ROUTE),
     Parameters(f"{_RUNNER}._prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens"), more=True),

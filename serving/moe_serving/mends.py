@@ -29,6 +29,38 @@ def moved(name: str) -> str:
     return name.replace(".ffn.experts.mlp.", ".ffn.experts.routed_experts.mlp.")
 
 
+def load_own_dbrx_experts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DbrxExperts.weight_loader`, which gives each rank a slice of every expert, also where ranks share experts
+    and each has its own experts whole. Without it expert parallelism ends in a shape error (vLLM 0.32.0, any device).
+    """
+
+    def weight_loader(
+        self: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.expert_map is None or not shard_id.endswith("weight"):
+            return original(self, param, loaded_weight, weight_name, shard_id, *args, **kwargs)
+        mine = own_experts(loaded_weight, self.expert_map, self.intermediate_size, self.d_model)
+        width = self.intermediate_size
+        if weight_name.endswith("w2"):
+            param.data.copy_(mine.transpose(1, 2))
+        else:
+            first = 0 if weight_name.endswith("w1") else width
+            param.data[:, first : first + width, :].copy_(mine)
+        return True
+
+    return weight_loader
+
+
+def own_experts(weight: Any, expert_map: Any, intermediate_size: int, hidden_size: int) -> Any:
+    """Of a weight of all experts, [E × I, H], those that lie on this rank, [local E, I, H] in their local order.
+
+    `expert_map` [E] is each expert's place on this rank, -1 where it lies on another.
+    """
+    experts = weight.reshape(len(expert_map), intermediate_size, hidden_size)
+    here = (expert_map >= 0).nonzero().squeeze(1)
+    return experts[here[expert_map[here].argsort()].to(weight.device)]
+
+
 def lend_gatherv(communicator: type, base: type) -> None:
     """Give the communicator of a CPU what data-parallel attention dispatches and combines by.
 

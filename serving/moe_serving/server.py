@@ -7,8 +7,8 @@ import os
 from functools import partial
 from typing import Any
 
-import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.llm.deployment import DPServer, LLMServer
 
 from moe_core.clock import SystemClock
@@ -124,11 +124,11 @@ class _ActorCalls:
 
 
 def _replica_name() -> str:
-    """Short name of this replica: Serve's unique id where there is one."""
+    """Short name of this replica: Serve's unique id, or the process where Serve does not run it."""
     try:
         return str(serve.get_replica_context().replica_tag).split("#")[-1]
-    except Exception:
-        return str(ray.get_runtime_context().get_actor_id())[:12]
+    except RayServeException:
+        return f"process-{os.getpid()}"
 
 
 def _report_end(task: asyncio.Task[None]) -> None:

@@ -17,7 +17,7 @@ import torch
 import vllm
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-from vllm.model_executor.models.dbrx import DbrxModel
+from vllm.model_executor.models.dbrx import DbrxExperts, DbrxModel
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -25,7 +25,7 @@ from moe_core.wire import ExpertKnobs
 from moe_serving import hooks
 from moe_serving.agreement import Proposal, everyone, objection
 from moe_serving.batch import step_of
-from moe_serving.mends import find_dbrx_experts, lend_gatherv
+from moe_serving.mends import find_dbrx_experts, lend_gatherv, load_own_dbrx_experts
 from moe_serving.parallel import note_form
 from moe_serving.plugin import enabled, wrap_once
 from moe_serving.rank import RANK, now
@@ -36,6 +36,7 @@ def install() -> None:
     """Hook routers, the model runner and, on a CPU, the experts. Raises UnsupportedVllm before it hooks anything."""
     hooks.check(hooks.WORKER + (hooks.WORKER_CPU if current_platform.is_cpu() else ()), vllm.__version__)
     wrap_once(DbrxModel, "load_weights", find_dbrx_experts)
+    wrap_once(DbrxExperts, "weight_loader", load_own_dbrx_experts)
     wrap_once(BaseRouter, "__init__", _register_router)
     wrap_once(GPUModelRunner, "_prepare_inputs", _note_phases)
     wrap_once(GPUModelRunner, "execute_model", _time_step)

@@ -30,7 +30,6 @@ def new_core() -> NewCore:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("MOESTACK_PLUGIN", "0")  # other tests of this process want the classes as they are
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
@@ -50,13 +49,12 @@ def new_core() -> NewCore:
         config = arguments.create_engine_config()
     spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
 
-    def make(blocks: int = 1200, chunk: int = 0, ahead: int = 0) -> Core:
+    def make(blocks: int = 1200, chunk: int = 0) -> Core:
         config.cache_config.num_gpu_blocks = blocks
         config.scheduler_config.long_prefill_token_threshold = chunk
         groups = [KVCacheGroupSpec(["layer"], spec)]
         cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
-        made = (AsyncScheduler if ahead else Scheduler)(config, cache, StructuredOutputManager(config), 16)
-        return SimpleNamespace(scheduler=made, sent=[], ahead=ahead, planned=[])
+        return SimpleNamespace(scheduler=Scheduler(config, cache, StructuredOutputManager(config), 16), sent=[])
 
     return make
 
@@ -73,21 +71,17 @@ def arrive(core: Core, prompt: int, output: int = 400) -> str:
 
 
 def step(core: Core) -> dict[str, int]:
-    """Plan a step of an engine whose model answers 9 to everything; returns tokens by request.
-
-    Its answer comes at once, or when `ahead` more steps are planned, as vLLM does by default.
-    """
+    """One step of an engine whose model answers 9 to everything; returns tokens by request."""
     from vllm.v1.outputs import ModelRunnerOutput
 
     planned = core.scheduler.schedule()
+    names = list(planned.num_scheduled_tokens)
+    requests = core.scheduler.requests
+    answered = [[9] if requests[name].num_computed_tokens >= requests[name].num_tokens else [] for name in names]
+    output = ModelRunnerOutput(names, {name: at for at, name in enumerate(names)}, answered)
+    core.scheduler.update_from_output(planned, output)
     scheduled: dict[str, int] = planned.num_scheduled_tokens
     assert sum(scheduled.values()) <= core.scheduler.max_num_scheduled_tokens
-    names = list(scheduled)
-    answered = [[] if core.scheduler.requests[name].is_prefill_chunk else [9] for name in names]
-    output = ModelRunnerOutput(names, {name: at for at, name in enumerate(names)}, answered)
-    core.planned.append((planned, output))
-    if len(core.planned) > core.ahead:
-        core.scheduler.update_from_output(*core.planned.pop(0))
     return scheduled
 
 
@@ -196,30 +190,22 @@ def test_the_ceiling_is_that_of_the_launch_whatever_was_in_force_since(new_core:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    blocks=st.sampled_from([1200, 90]),
-    chunk=st.sampled_from([0, 0, 24]),
-    ahead=st.sampled_from([0, 1]),
-)
+@given(seed=st.integers(0, 2**32), blocks=st.sampled_from([1200, 90]), chunk=st.sampled_from([0, 0, 24]))
 def test_whatever_limits_come_everyone_that_runs_gets_a_token_in_every_step(
-    new_core: NewCore, seed: int, blocks: int, chunk: int, ahead: int
+    new_core: NewCore, seed: int, blocks: int, chunk: int
 ) -> None:
     """With 90 blocks the cache is short and vLLM preempts by itself: then who was not preempted gets its token.
 
     `chunk` is vLLM's long-prefill-token-threshold, which lets a second prefill in behind a first one.
     """
-    core, rng = new_core(blocks, chunk, ahead), random.Random(seed)
-
-    def has_more(request: Any) -> bool:
-        return bool(request.num_output_tokens + request.num_output_placeholders < request.max_tokens)
+    core, rng = new_core(blocks, chunk), random.Random(seed)
 
     def one_step() -> None:
-        before = [request.request_id for request in core.scheduler.running if has_more(request)]
+        before = running(core)
         scheduled = step(core)
         after = set(running(core))
         assert all(name in scheduled for name in before if name in after), "one that runs starves"
-        assert scheduled or core.planned or not core.scheduler.requests, "requests wait, and nothing runs"
+        assert scheduled or not core.scheduler.requests, "requests wait, and nothing runs"
 
     for _ in range(30):
         what = rng.choice(("arrives", "arrives", "limits", "steps"))

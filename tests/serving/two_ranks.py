@@ -59,9 +59,13 @@ class Shape:
 
     @classmethod
     def of(cls, experts: int, top_k: int, routing: Routing, placement: str = "linear") -> Shape:
-        rule = {field.name: getattr(routing, field.name) for field in fields(routing)}
-        if routing.bias is not None:
-            rule["bias"] = routing.bias.numpy()
+        return cls.of_rule(experts, top_k, {f.name: getattr(routing, f.name) for f in fields(routing)}, placement)
+
+    @classmethod
+    def of_rule(cls, experts: int, top_k: int, rule: dict[str, Any], placement: str = "linear") -> Shape:
+        """Of the fields of a Routing."""
+        bias = rule["bias"]
+        rule = {**rule, "bias": None if bias is None else bias.detach().float().numpy()}
         return cls(experts, top_k, rule, placement)
 
     def layer(self, index: int) -> Layer:

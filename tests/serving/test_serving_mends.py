@@ -1,0 +1,57 @@
+"""Mends of vLLM: what ranks load of a DBRX checkpoint is, together, the whole of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_serving.mends import load_own_dbrx_experts
+
+torch = pytest.importorskip("torch")
+
+EXPERTS, WIDTH, HIDDEN = 4, 3, 2
+FLAT = torch.arange(float(EXPERTS * WIDTH * HIDDEN)).view(EXPERTS * WIDTH, HIDDEN)
+
+
+class Experts(SimpleNamespace):
+    """As vLLM's DbrxExperts: what its own loader was asked for is kept."""
+
+    asked: list[tuple[str, str]]
+
+    @load_own_dbrx_experts
+    def weight_loader(self, param: Any, loaded_weight: Any, weight_name: str, shard_id: str) -> Any:
+        self.asked.append((weight_name, shard_id))
+
+
+def on_rank(mine: list[int] | None) -> Experts:
+    places = None
+    if mine is not None:
+        places = torch.full((EXPERTS,), -1, dtype=torch.int32)
+        places[mine] = torch.arange(len(mine), dtype=torch.int32)
+    return Experts(expert_map=places, intermediate_size=WIDTH, d_model=HIDDEN, asked=[])
+
+
+@pytest.mark.parametrize("mine", [[0, 1], [2, 3], [3, 1], [2]], ids=["first", "last", "in another order", "one"])
+def test_a_rank_loads_its_own_experts_whole(mine: list[int]) -> None:
+    experts = on_rank(mine)
+    w13 = SimpleNamespace(data=torch.zeros(len(mine), 2 * WIDTH, HIDDEN))
+    w2 = SimpleNamespace(data=torch.zeros(len(mine), HIDDEN, WIDTH))
+    experts.weight_loader(w13, FLAT, "mlp.w1", "w13_weight")
+    experts.weight_loader(w13, -FLAT, "mlp.v1", "w13_weight")
+    experts.weight_loader(w2, FLAT, "mlp.w2", "w2_weight")
+    whole = FLAT.view(EXPERTS, WIDTH, HIDDEN)
+    for place, expert in enumerate(mine):
+        assert torch.equal(w13.data[place], torch.cat((whole[expert], -whole[expert])))
+        assert torch.equal(w2.data[place], whole[expert].t())
+    assert experts.asked == []
+
+
+@pytest.mark.parametrize(
+    ("mine", "shard"), [(None, "w13_weight"), ([0, 1], "w13_weight_scale")], ids=["no expert parallelism", "a scale"]
+)
+def test_everything_else_is_vllms_own_to_load(mine: list[int] | None, shard: str) -> None:
+    experts = on_rank(mine)
+    experts.weight_loader(None, FLAT, "mlp.w1", shard)
+    assert experts.asked == [("mlp.w1", shard)]
