@@ -19,8 +19,11 @@ from moe_gateway.upstream import Rejected
 PREFIX = "/v1"
 _POST = {PREFIX + endpoint.value: endpoint for endpoint in Endpoint}
 _MODELS = PREFIX + "/models"
-_NOT_SERVED = {PREFIX + path: PREFIX + Endpoint.CHAT.value for path in ("/responses", "/messages")}
-"""Calls that the engine would answer and the gateway does not pass: the one to use instead."""
+_NOT_SERVED = {
+    PREFIX + "/messages": PREFIX + Endpoint.CHAT.value,
+    PREFIX + Endpoint.RESPONSES.value + "/": "input with the whole conversation: no response is stored",
+}
+"""Calls that the engine would answer and the gateway does not pass: what to use instead."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -51,9 +54,7 @@ class App:
         elif endpoint is not None:
             await out.error(_wrong_method("POST"))
         elif (instead := _instead_of(path)) is not None:
-            message = (
-                f"{path[:200]} is not served: the gateway knows neither its tier nor its cost there; use {instead}"
-            )
+            message = f"{path[:200]} is not served; use {instead}"
             await out.error(ApiError(404, message, code="unsupported_url"))
         else:
             await out.error(ApiError(404, f"unknown path {path[:200]}", code="unknown_url"))
@@ -184,7 +185,7 @@ async def _watch(receive: Receive, call: Call, out: Responder) -> None:
 
 def _instead_of(path: str) -> str | None:
     """The call to use in place of one that is known and not served; None for any other path."""
-    return next((use for known, use in _NOT_SERVED.items() if path == known or path.startswith(known + "/")), None)
+    return next((use for known, use in _NOT_SERVED.items() if path.startswith(known)), None)
 
 
 def _wrong_method(allowed: str) -> ApiError:

@@ -20,6 +20,7 @@ class Endpoint(StrEnum):
     CHAT = "/chat/completions"
     COMPLETIONS = "/completions"
     EMBEDDINGS = "/embeddings"
+    RESPONSES = "/responses"
 
 
 class ApiError(Exception):
@@ -84,7 +85,7 @@ def parse(endpoint: Endpoint, raw: bytes) -> ApiRequest:
     if stream is not None and not isinstance(stream, bool):
         raise ApiError(400, "stream: must be true or false", code="invalid_type", param="stream")
     options = document.get("stream_options")
-    limits = [_count(document.get(name)) for name in ("max_tokens", "max_completion_tokens")]
+    limits = [_count(document.get(name)) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
     given = [limit for limit in limits if limit is not None]
     return ApiRequest(
         endpoint=endpoint,
@@ -112,8 +113,9 @@ def prompt_bound(request: ApiRequest) -> int:
 
 def takes(target: TargetConfig, endpoint: Endpoint) -> bool:
     """Whether a target may take a call: an embedding of another model is another vector, so embeddings stay local;
-    OpenAI serves its current models by chat alone."""
-    if endpoint is Endpoint.EMBEDDINGS:
+    OpenAI serves its current models by chat alone; a response of another's has items that our engine cannot go on
+    from, so responses stay local too."""
+    if endpoint in {Endpoint.EMBEDDINGS, Endpoint.RESPONSES}:
         return False
     return endpoint is Endpoint.CHAT or target.provider == "openai-compatible"
 
@@ -145,11 +147,12 @@ class Usage:
 
 
 def read_usage(document: object) -> Usage | None:
-    """The usage in an answer or a stream event, if it is there and makes sense."""
+    """The usage in an answer or a stream event, if it is there and makes sense. The Responses API has other names."""
     usage = document.get("usage") if isinstance(document, dict) else None
     if not isinstance(usage, dict):
         return None
-    prompt, output = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens", 0))
+    prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    output = _count(usage.get("completion_tokens", usage.get("output_tokens", 0)))
     return None if prompt is None or output is None else Usage(prompt, output)
 
 

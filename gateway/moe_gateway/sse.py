@@ -10,6 +10,7 @@ from moe_gateway.openai_api import Usage, read_usage
 
 MAX_EVENT_BYTES = 1 << 20
 _CONTENT_FIELDS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call", "audio")
+_RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
 
 
 class SseScanner:
@@ -96,6 +97,9 @@ class SseScanner:
         return self._document(document)
 
     def _document(self, document: dict[str, Any]) -> bool:
+        kind = document.get("type")
+        if isinstance(kind, str):
+            self._response_event(kind, document)
         usage = read_usage(document)
         if usage is not None:
             self.usage = usage
@@ -111,6 +115,16 @@ class SseScanner:
             if choice.get("text") or (isinstance(delta, dict) and any(delta.get(name) for name in _CONTENT_FIELDS)):
                 self.content_events += 1
         return True
+
+    def _response_event(self, kind: str, document: dict[str, Any]) -> None:
+        """An event of the Responses API, which has a type, and no choices and no [DONE]."""
+        if kind in _RESPONSE_ENDS:
+            self.finished = True
+            self.usage = read_usage(document.get("response")) or self.usage
+        elif kind in {"response.failed", "error"}:
+            self.error = document
+        elif kind.startswith("response.") and kind.endswith(".delta"):
+            self.content_events += 1
 
 
 def _event_end(data: bytes, start: int) -> int:

@@ -42,6 +42,9 @@ STRADDLED: list[tuple[str, dict[str, Any], int]] = [
 ]
 """What the cache gives of a prompt whose prefill straddled a switch: (name, knobs, prompt tokens)."""
 
+RESUMED_TOKENS = 40
+"""Prompt tokens of the request that is interrupted."""
+
 MIXED = ("gold", None, "batch", "unheard-of")
 """Tiers of the requests that run in one batch."""
 
@@ -99,4 +102,31 @@ def play(llm: Any, version: int, record_path: str) -> dict[str, Any]:
     short = [TokensPrompt(prompt_token_ids=prompts[1][at : at + 5 + at]) for at in range(len(MIXED))]
     llm.generate(short, [params(tier) for tier in MIXED], use_tqdm=False)
     llm.collective_rpc("moestack_record", args=(0, record_path))
+
+    def routed() -> tuple[int, int]:
+        layer = llm.collective_rpc("moestack_read", args=(False,))[0]["layers"][0]
+        return layer["tokens"], sum(layer["demand"])
+
+    def interrupted(after_steps: int | None) -> dict[str, Any]:
+        """A request of a tier that is pushed out of the KV cache once, and resumed."""
+        before = routed()
+        engine.add_request(
+            f"until {after_steps}", TokensPrompt(prompt_token_ids=prompts[1][:RESUMED_TOKENS]), params("gold")
+        )
+        for step in itertools.count(1):
+            outputs = engine.step()
+            if step == after_steps:
+                engine.reset_prefix_cache(reset_running_requests=True)
+            if not engine.has_unfinished_requests():
+                break
+        tokens, slots = (now - was for now, was in zip(routed(), before, strict=True))
+        (text,) = outputs[-1].outputs
+        return {
+            "tokens": list(text.token_ids),
+            "logprob": text.cumulative_logprob,
+            "routed": tokens,
+            "slots": slots,
+        }
+
+    result["resumed"] = [interrupted(None), interrupted(3)]
     return result

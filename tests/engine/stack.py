@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +67,19 @@ class Stack:
     def board(self) -> str:
         return self.fact("serving", "boardUrl")
 
+    @property
+    def deployment(self) -> str:
+        return "default/stack"
+
+    def newest(self) -> int:
+        """Newest version of the knobs that the board has had."""
+        return int(self.get(f"{self.board}/v1/acks")["version"])
+
+    def matrix(self) -> list[dict[str, Any]]:
+        """Expert load of each layer since the replica started, asked from its ranks now."""
+        found: list[dict[str, Any]] = self.get(f"{self.board}/v1/experts")[0]["layers"]
+        return found
+
     def get(self, url: str) -> Any:
         answer = requests.get(url, timeout=10)
         return answer.json()
@@ -118,3 +133,34 @@ def until(check: Callable[[], T], seconds: float, what: str) -> T:
             return answer
         time.sleep(0.1)
     raise AssertionError(f"not within {seconds:.0f} s: {what}; last answer: {answer}")
+
+
+def complete(
+    stack: Stack, prompt: str, max_tokens: int = 8, headers: dict[str, str] | None = None, **more: Any
+) -> requests.Response:
+    """Ask the gateway for a completion of just so many tokens."""
+    body = {"model": "tiny-skewed", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, **more}
+    sent = {"x-moestack-explain": "1", **(headers or {})}
+    streamed = bool(more.get("stream"))
+    return requests.post(f"{stack.url}/completions", json=body, headers=sent, timeout=60, stream=streamed)
+
+
+def acknowledged(stack: Stack, version: int) -> None:
+    """Wait until every rank has acknowledged; an AssertionError shows who has not."""
+    answer: dict[str, Any] = {}
+    for _ in range(250):
+        answer = stack.get(f"{stack.board}/v1/acks?version={version}")
+        if answer["complete"]:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"version {version} is not in force after 5 s: {answer}; {stack.digest()['engine']}")
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """Stop a process for the block."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

@@ -13,7 +13,7 @@ import pytest
 
 from moe_core.capacity import Tokens, assign, capacity
 from moe_core.wire import Overflow
-from tests.engine.offline_tiers import ASKED, MIXED, STRADDLED, TIERS
+from tests.engine.offline_tiers import ASKED, MIXED, RESUMED_TOKENS, STRADDLED, TIERS
 from tests.engine.stack import environment
 
 pytestmark = pytest.mark.engine
@@ -221,6 +221,15 @@ def test_tiers_and_capacity_change_what_is_computed(one: Run) -> None:
 @pytest.mark.parametrize(("name", "cached"), [(name, cached) for name, _, cached in STRADDLED])
 def test_a_prefill_that_straddles_a_switch_caches_nothing_after_it(one: Run, name: str, cached: int) -> None:
     assert one["tiers"]["straddled"][name]["cached"] == cached
+
+
+def test_a_request_that_was_pushed_out_goes_on_with_its_tier(one: Run) -> None:
+    whole, resumed = one["tiers"]["resumed"]
+    assert whole["routed"] == RESUMED_TOKENS + len(whole["tokens"]) - 1
+    assert resumed["routed"] > whole["routed"] + RESUMED_TOKENS, "nothing was computed twice: it was not pushed out"
+    assert [run["slots"] for run in (whole, resumed)] == [TIERS["gold"] * run["routed"] for run in (whole, resumed)]
+    assert resumed["tokens"] == whole["tokens"]
+    assert resumed["logprob"] == pytest.approx(whole["logprob"], abs=1e-4)
 
 
 def test_tiers_mix_in_one_batch(one: Run) -> None:

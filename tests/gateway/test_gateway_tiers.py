@@ -29,9 +29,10 @@ RAW = b'{"messages": [{"role":"user","content":"h\\u00e9"}],\n "model":"tiny", "
     [
         ("/v1/chat/completions", {}),
         ("/v1/chat/completions", {"stream": True, "n": 2}),
+        ("/v1/responses", {"input": "a", "store": False}),
         ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "best_of": 3, "cache_salt": "mine"}),
     ],
-    ids=["chat", "a stream of two choices", "several prompts and a salt"],
+    ids=["chat", "a stream of two choices", "a response", "several prompts and a salt"],
 )
 async def test_our_engine_is_told_the_tier(
     name: str, headers: dict[str, str], tier: str, path: str, more: dict[str, Any]
@@ -159,13 +160,12 @@ async def test_beams_of_an_engine_that_knows_no_tiers_pass() -> None:
             assert (await client.post(chat(False, use_beam_search=True), x_moestack_tenant="acme")).status == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/resp_1/cancel", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/v1/responses/resp_1/cancel", "/v1/messages", "/v1/messages/count_tokens"])
 async def test_a_call_that_would_go_without_its_tier_is_refused_by_name(path: str) -> None:
     async with FakeUpstream() as local, running(config(local, tiers=TIERS)) as client:
         answer = await client.post({"model": MODEL, "input": "a"}, path, x_moestack_tenant="acme")
         assert (answer.status, answer.error["code"]) == (404, "unsupported_url")
-        assert path in answer.error["message"]
-        assert answer.error["message"].endswith("use /v1/chat/completions")
+        assert f"{path} is not served; use " in answer.error["message"]
         assert local.requests == []
 
 
