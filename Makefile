@@ -7,7 +7,7 @@ PYTHON ?= python3
 FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
-.PHONY: help setup up down test test-full check unit faults cluster control-plane engine lock crd rbac golden fmt system
+.PHONY: help setup up down test test-full check unit faults cluster control-plane engine gpu lock crd rbac golden fmt system
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -41,7 +41,7 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	$(PY) -m moe_operator.rbac --check manifests/operator/rbac.yaml
 
 unit: setup ## tests that need no engine and no control plane, on two cores
-	.venv/bin/pytest -m "not faults and not cluster and not engine and not full" -n 2 --dist worksteal
+	.venv/bin/pytest -m "not faults and not cluster and not engine and not gpu and not full" -n 2 --dist worksteal
 
 faults: setup ## the operator's fault suites on the in-memory API server, on two cores
 	.venv/bin/pytest -m "faults and not full" -n 2 --dist worksteal
@@ -55,10 +55,13 @@ cluster: setup control-plane ## tests on a real Kubernetes control plane and the
 engine: setup ## tests on the real vLLM and Ray Serve, one after another
 	.venv/bin/pytest -m "engine and not full"
 
+gpu: ## tests on a CUDA device, in an environment with the stock vllm wheel (PY=…): not part of `make test`
+	$(PY) -m pytest -m gpu tests/gpu
+
 test: check unit faults cluster engine ## everything that CI runs
 
 test-full: check control-plane ## the long forms as well
-	.venv/bin/pytest
+	.venv/bin/pytest -m "not gpu"
 
 crd: setup ## write the CRD from the types
 	$(PY) -m moe_cli.main crd --write manifests/crd/moestack.dev_moedeployments.yaml

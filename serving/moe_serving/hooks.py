@@ -88,6 +88,7 @@ WORKER: tuple[Need, ...] = (
     Parameters(f"{_RUNNER}._prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens"), more=True),
     Parameters(f"{_RUNNER}.execute_model", ("self", "scheduler_output"), more=True),
     Parameters(f"{_RUNNER}.load_model", ("self",), more=True),
+    Parameters("vllm.v1.worker.gpu_worker:Worker.load_model", ("self",), more=True),
     Attributes(_RUNNER, ("input_batch", "requests", "get_model")),
     Attributes("vllm.v1.worker.gpu_input_batch:CachedRequestState", ("num_tokens", "sampling_params")),
     Attributes(
@@ -134,6 +135,60 @@ WORKER_CPU: tuple[Need, ...] = (
         ),
     ),
 )  # fmt: skip
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+MOE_SUM = ("self", "input", "output", "topk_ids", "expert_map")
+
+WORKER_GPU: tuple[Need, ...] = (
+    Parameters(f"{_ROUTER}._apply_eplb_mapping", ("self", "topk_ids")),
+    Parameters(
+        f"{_MOE}.router.base_router:eplb_map_to_physical_and_record",
+        (
+            "topk_ids", "expert_load_view", "logical_to_physical_map", "logical_replica_count", "record_enabled",
+            "num_unpadded_tokens",
+        ),
+    ),
+    Parameters(
+        f"{_MOE}.modular_kernel:FusedMoEExperts.is_supported_config",
+        ("cls", "moe_config", "weight_key", "activation_key", "activation_format"),
+    ),
+    Attributes(f"{_MOE}.modular_kernel:FusedMoEKernel", ("prepare_finalize", "fused_experts")),
+    Attributes(
+        f"{_MOE}.config:FusedMoEConfig",
+        (
+            "is_sequence_parallel", "pcp_size", "dp_size", "is_lora_enabled", "num_experts", "num_logical_experts",
+        ),
+    ),
+    Parameters(f"{_MOE}.experts.triton_moe:TritonExperts.moe_sum", MOE_SUM),
+    Attributes(f"{_MOE}.experts.triton_moe:TritonExperts", ("quantization_emulation", "quant_config", "block_shape")),
+    Parameters(f"{_MOE}.experts.marlin_moe:MarlinExperts.moe_sum", MOE_SUM),
+    Attributes(f"{_MOE}.experts.marlin_moe:MarlinExperts", ("input_dtype",)),
+    Attributes(f"{_MOE}.experts.triton_deep_gemm_moe:TritonOrDeepGemmExperts", ("experts", "fallback_experts")),
+    Parameters("vllm._custom_ops:moe_sum", ("input", "output", "topk_ids", "expert_map")),
+)  # fmt: skip
+"""Of a worker with a GPU whose layers are to be hooked."""
+
+_SECOND = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+
+SECOND_RUNNER: tuple[Need, ...] = (
+    Parameters(f"{_SECOND}.prepare_inputs", ("self", "scheduler_output", "batch_req_state"), more=True),
+    Parameters(f"{_SECOND}.execute_model", ("self", "scheduler_output"), more=True),
+    Parameters(f"{_SECOND}.add_requests", ("self", "scheduler_output")),
+    Parameters(f"{_SECOND}._remove_request", ("self", "req_id")),
+    Parameters(f"{_SECOND}.load_model", ("self",), more=True),
+    Attributes(
+        _SECOND,
+        (
+            "req_states", "adaptive_verification", "pcp_manager", "parallel_config", "vllm_config", "max_num_tokens",
+            "device", "get_model",
+        ),
+    ),
+    Attributes("vllm.v1.worker.gpu.states:RequestState", ("num_computed_tokens_np", "prompt_len", "prefill_len")),
+    Attributes(
+        "vllm.v1.worker.gpu.model_runner:BatchReqState", ("req_ids", "num_scheduled_tokens", "idx_mapping_np")
+    ),
+)  # fmt: skip
+"""Of a worker that runs vLLM's second model runner."""
 
 
 def check(needs: Sequence[Need], version: str) -> None:

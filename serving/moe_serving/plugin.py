@@ -67,12 +67,17 @@ def wrap_once(owner: type, name: str, make: Callable[[Callable[..., Any]], Calla
     Raises AttributeError where `owner` has no such method: this vLLM is not one that the plugin knows.
     """
     original = getattr(owner, name)
-    if getattr(original, _MARK, False):
+    if wrapped(original):
         return
-    wrapped = make(original)
-    wrapped.__wrapped__ = original  # type: ignore[attr-defined]  # so that its own signature can still be read
-    setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
+    ours = make(original)
+    ours.__wrapped__ = original  # type: ignore[attr-defined]  # so that its own signature can still be read
+    setattr(ours, _MARK, True)
+    setattr(owner, name, ours)
+
+
+def wrapped(method: Any) -> bool:
+    """Whether a method is one of ours."""
+    return bool(getattr(method, _MARK, False))
 
 
 def wrap_each(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from moe_core.capacity import GAMMA_SCALE, CapacityRefused, check_gamma
 from moe_core.wire import ExpertKnobs, Overflow
 from moe_serving.capacity import DECODE, MODES, PADDING, PREFILL
-from moe_serving.route import Layer, route
+from moe_serving.route import COUNTERS, Layer, route
 from moe_serving.scores import UnknownRouting, routing_of
 
-__all__ = ["DECODE", "PADDING", "PREFILL", "RANK", "KnobsRefused", "Layer", "Rank", "now"]
+__all__ = ["DECODE", "PADDING", "PREFILL", "RANK", "KnobsRefused", "Layer", "Rank", "now", "on_host"]
 
 
 class KnobsRefused(ValueError):
@@ -68,7 +68,10 @@ class Rank:
         return index
 
     def reserve(self, tokens: int, device: torch.device | None = None) -> None:
-        """Room for the longest batch, on the device of the model: before a graph is captured, since addresses stay."""
+        """Room for the longest batch, on the device of the model: before a graph is captured, since addresses stay.
+
+        `moe_serving.gpu.prepare` calls it on a GPU; on a CPU the room grows with the batches.
+        """
         device = device or self.phase.device
         if tokens > self.phase.shape[0] or device != self.phase.device:
             longest = max(tokens, self.phase.shape[0])
@@ -95,26 +98,30 @@ class Rank:
         self.prompt_tokens += int((phase == PREFILL).sum())
         self.generated_tokens += generated
 
-    def end_step(self, seconds: float) -> None:
+    def end_step(self, seconds: float = 0.0) -> None:
+        """The step's batch was sent, and took so long: what runs before the next `begin_step` is nobody's."""
         self._write(np.zeros(0, np.uint8), None)
         self.busy_s += seconds
 
     def _write(self, phase: np.ndarray[Any, np.dtype[np.uint8]], k: np.ndarray[Any, np.dtype[np.int64]] | None) -> None:
         now, before = len(phase), self.batch
-        if now > self.phase.shape[0]:
-            if self.phase.device.type != "cpu":
-                raise ValueError(
-                    f"a batch of {now} tokens, {self.phase.shape[0]} reserved: capture knows no longer one"
-                )
-            self.reserve(now)
-        self.phase[:now].copy_(torch.from_numpy(phase))
+        self._need(now)
+        _send(phase, self.phase[:now])
         self.phase[now:before].zero_()
         if k is None:
             self.token_k[: max(now, before)].zero_()
         else:
-            self.token_k[:now].copy_(torch.from_numpy(k))
+            _send(k, self.token_k[:now])
             self.token_k[now:before].zero_()
         self.batch = now
+
+    def _need(self, tokens: int) -> None:
+        """Room for a batch. Graphs know where the tensors lie, so on a device there is no more than was reserved."""
+        if tokens <= self.phase.shape[0]:
+            return
+        if self.phase.device.type != "cpu":
+            raise ValueError(f"a batch of {tokens} tokens, {self.phase.shape[0]} reserved: capture knows no longer one")
+        self.reserve(tokens)
 
     def check(self, knobs: ExpertKnobs) -> None:
         """Raises KnobsRefused if a layer cannot follow, or is none of this model's."""
@@ -153,13 +160,12 @@ class Rank:
         if layer.bypassed or (eager and not self.batch):
             return topk_weights.clone(), topk_ids.clone()
         first = layer.part * tokens if layer.parts > 1 else 0
-        if first + tokens > self.phase.shape[0]:
-            self.reserve(first + tokens)
+        self._need(first + tokens)
         phase, token_k = self.phase[first : first + tokens], self.token_k[first : first + tokens]
         out_weights, out_ids = route(
             layer, phase, token_k, self.overflow, topk_weights, topk_ids, logits, early_out=eager
         )
-        if self.recorder is not None:
+        if self.recorder is not None and eager:  # a captured graph would record its capture alone
             real = max(0, min(tokens, self.batch - first))
             self.recorder.append(
                 {
@@ -175,6 +181,34 @@ class Rank:
                 }
             )
         return out_weights, out_ids
+
+
+def _send(values: np.ndarray[Any, Any], into: Tensor) -> None:
+    """Copy to where `into` lies, in the order of its stream; through pinned memory, so that nobody waits for it."""
+    source = torch.from_numpy(values)
+    if into.device.type == "cuda":
+        source = source.to(into.dtype).pin_memory()
+    into.copy_(source, non_blocking=True)
+
+
+def on_host(layers: list[Layer]) -> list[dict[str, Tensor]]:
+    """Counters by name of each layer, in the CPU's memory."""
+    if not layers or layers[0].demand.device.type == "cpu":
+        return [{name: getattr(layer, name) for name in COUNTERS} for layer in layers]
+    return fetched(layers)
+
+
+def fetched(layers: list[Layer]) -> list[dict[str, Tensor]]:
+    """The same in two transfers, however many layers: each one waits for the device."""
+    found: list[dict[str, Tensor]] = [{} for _ in layers]
+    for dtype in (torch.int64, torch.float64):
+        wanted = [(at, name, getattr(layer, name)) for at, layer in enumerate(layers) for name in COUNTERS]
+        wanted = [item for item in wanted if item[2].dtype == dtype]
+        together = torch.cat([part.reshape(-1) for _, _, part in wanted]).cpu()
+        values = together.split([part.numel() for _, _, part in wanted])
+        for (at, name, part), value in zip(wanted, values, strict=True):
+            found[at][name] = value.view(part.shape)
+    return found
 
 
 def _check_k(layer: Layer, knobs: ExpertKnobs) -> None:

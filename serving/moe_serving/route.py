@@ -61,13 +61,13 @@ class Layer:
 
     def to(self, device: torch.device) -> None:
         """Move knobs and counters; done once, before a graph is captured."""
-        for name in _TENSORS:
+        for name in ("gamma_micro", *COUNTERS):
             setattr(self, name, getattr(self, name).to(device))
 
 
-_TENSORS = (
-    "gamma_micro", "demand", "assigned", "tokens", "dropped", "rerouted", "overflow_kept", "max_prefill_load",
-    "touched", "lost_gate_mass",
+COUNTERS = (
+    "demand", "assigned", "tokens", "dropped", "rerouted", "overflow_kept", "max_prefill_load", "touched",
+    "lost_gate_mass",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,28 +21,36 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.models.dbrx import DbrxExperts, DbrxModel
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from moe_core.wire import ExpertKnobs
-from moe_serving import hooks
+from moe_serving import gpu, hooks, second_runner
 from moe_serving.agreement import Proposal, everyone, objection
 from moe_serving.batch import step_of
 from moe_serving.mends import find_dbrx_experts, lend_gatherv, load_own_dbrx_experts
 from moe_serving.parallel import note_form
-from moe_serving.plugin import enabled, wrap_once
-from moe_serving.rank import RANK, now
+from moe_serving.plugin import enabled, wrap_once, wrapped
+from moe_serving.rank import RANK, now, on_host
 from moe_serving.shapes import METER, kv_groups, shapes
 
 
 def install() -> None:
-    """Hook routers, the model runner and, on a CPU, the experts. Raises UnsupportedVllm before it hooks anything."""
-    hooks.check(hooks.WORKER + (hooks.WORKER_CPU if current_platform.is_cpu() else ()), vllm.__version__)
+    """Hook routers, the model runner and, on a CPU, the experts; on a GPU what is asked for there (moe_serving.gpu).
+
+    Raises UnsupportedVllm before it hooks anything.
+    """
+    asked = gpu.mode()
+    needs = hooks.WORKER_CPU if current_platform.is_cpu() else () if asked is gpu.Mode.OFF else hooks.WORKER_GPU
+    hooks.check(hooks.WORKER + needs, vllm.__version__)
     wrap_once(DbrxModel, "load_weights", find_dbrx_experts)
     wrap_once(DbrxExperts, "weight_loader", load_own_dbrx_experts)
     wrap_once(BaseRouter, "__init__", _register_router)
     wrap_once(GPUModelRunner, "_prepare_inputs", _note_phases)
     wrap_once(GPUModelRunner, "execute_model", _time_step)
+    wrap_once(Worker, "load_model", _make_ready)
     if not current_platform.is_cpu():
         wrap_once(GPUModelRunner, "load_model", _number_after_load)
+        gpu.install(asked)
     else:
         from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
         from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
@@ -71,8 +80,13 @@ def _count_and_cap(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
     ) -> Any:
         topk_weights, topk_ids = original(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
-        if self._moestack_layer < 0 or topk_ids.device.type != "cpu":
+        if self._moestack_layer < 0:
             return topk_weights, topk_ids
+        if topk_ids.device.type != "cpu":
+            layer = RANK.layers[self._moestack_layer]
+            if layer.bypassed:
+                return topk_weights, topk_ids
+            self._moestack_demand = topk_ids if layer.routing is not None else None
         return torch.ops.moestack.route(topk_weights, topk_ids, router_logits, self._moestack_layer)
 
     return compute_routing
@@ -102,7 +116,7 @@ def number_layers(model: Any, bypassed: str = "") -> None:
         if experts is not None and experts.quant_method.is_monolithic:
             layer.bypassed = f"monolithic kernel of {type(experts.quant_method).__name__}"
         if not current_platform.is_cpu():
-            layer.bypassed = "no kernel of ours for this device yet"
+            gpu.describe(layer, experts)
         elif experts is not None and not layer.bypassed and (unable := _keeps_dropped_slots(experts.quant_method)):
             layer.routing, layer.why_unknown = None, unable
         note_form(layer, module)
@@ -129,11 +143,14 @@ def _keeps_dropped_slots(quant_method: Any) -> str:
 def number_missed(worker: Any) -> None:
     """Name as bypassed what loading did not number: an engine whose model runner, or whose experts, are not hooked."""
     runner = worker.model_runner
-    if not isinstance(runner, GPUModelRunner):
+    if not wrapped(getattr(type(runner), "execute_model", None)):
         kind = f"{type(runner).__module__}.{type(runner).__qualname__}"
         number_layers(
             worker.get_model(), f"model runner {kind} is not hooked; VLLM_USE_V2_MODEL_RUNNER=0 selects one that is"
         )
+    elif not current_platform.is_cpu() and (why := gpu.hidden(runner)):
+        for layer in RANK.layers:
+            layer.bypassed = layer.bypassed or why
     config = worker.model_config
     if not RANK.layers and config.get_num_experts() > 0:
         shape = SimpleNamespace(
@@ -163,16 +180,31 @@ def _note_phases(original: Callable[..., Any]) -> Callable[..., Any]:
 def _time_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         started, steps, prompt_tokens = now(), RANK.steps, RANK.prompt_tokens
+        if CLOCK is not None:
+            CLOCK.begin()
         try:
             return original(self, *args, **kwargs)
         finally:
             seconds = now() - started
-            RANK.end_step(seconds)
-            if RANK.steps > steps:
-                scheduled = args[0] if args else kwargs["scheduler_output"]
-                METER.note(scheduled, seconds, prefill=RANK.prompt_tokens > prompt_tokens)
+            scheduled = args[0] if args else kwargs["scheduler_output"]
+            tell = partial(_note_step, scheduled, RANK.steps > steps, RANK.prompt_tokens > prompt_tokens)
+            RANK.end_step()
+            if CLOCK is None:
+                tell(seconds)
+            else:
+                CLOCK.end(tell)
 
     return execute_model
+
+
+def _note_step(scheduled: Any, counts: bool, prefill: bool, seconds: float) -> None:
+    RANK.busy_s += seconds
+    if counts:
+        METER.note(scheduled, seconds, prefill=prefill)
+
+
+CLOCK = gpu.StepClock(gpu.cuda_mark) if current_platform.is_cuda() else None
+"""A device runs a step after the call that sends it."""
 
 
 class WorkerExtension:
@@ -189,6 +221,7 @@ class WorkerExtension:
                 "top_k": layer.top_k,
                 "hooked": not layer.bypassed,
                 "why": layer.bypassed or layer.why_unknown,
+                "ruled_out": dict(gpu.ruled_out),
             }
             for layer in RANK.layers
         ]
@@ -226,23 +259,23 @@ class WorkerExtension:
     def moestack_read(self: Any, new_window: bool) -> dict[str, Any]:
         """Counters of this rank. With `new_window` the window's maxima begin anew."""
         layers = []
-        for layer in RANK.layers:
+        for layer, counters in zip(RANK.layers, on_host(RANK.layers), strict=True):
             layers.append(
                 {
                     "layer": layer.index,
                     "hooked": not layer.bypassed,
-                    "demand": layer.demand.tolist(),
-                    "assigned": layer.assigned.tolist(),
+                    "demand": counters["demand"].tolist(),
+                    "assigned": counters["assigned"].tolist(),
                     "mine": None if layer.owner is None else torch.nonzero(layer.owner).squeeze(1).tolist(),
                     "places": layer.places,
                     "split": layer.parts > 1,
-                    "tokens": int(layer.tokens),
-                    "dropped": int(layer.dropped),
-                    "rerouted": int(layer.rerouted),
-                    "overflow_kept": int(layer.overflow_kept),
-                    "lost_gate_mass": float(layer.lost_gate_mass),
-                    "max_prefill_load": int(layer.max_prefill_load),
-                    "touched": int(layer.touched),
+                    "tokens": int(counters["tokens"]),
+                    "dropped": int(counters["dropped"]),
+                    "rerouted": int(counters["rerouted"]),
+                    "overflow_kept": int(counters["overflow_kept"]),
+                    "lost_gate_mass": float(counters["lost_gate_mass"]),
+                    "max_prefill_load": int(counters["max_prefill_load"]),
+                    "touched": int(counters["touched"]),
                 }
             )
             if new_window:
@@ -267,6 +300,20 @@ class WorkerExtension:
             torch.save(list(RANK.recorder), f"{path}.rank{int(self.rank)}.pt")
         RANK.recorder = deque(maxlen=steps) if steps else None
         return kept
+
+
+def _make_ready(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the worker's loading: its model runner exists by then, and nothing was profiled or captured yet."""
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        second_runner.hook(type(self.model_runner), _time_step, _number_after_load)
+        result = original(self, *args, **kwargs)
+        # Behind vLLM's own loading, whose allocations may go to a pool that sleeping throws away.
+        if current_platform.is_cuda() and gpu.mode() is not gpu.Mode.OFF:
+            gpu.prepare(RANK, self.model_runner)
+        return result
+
+    return load_model
 
 
 def _number_after_load(original: Callable[..., Any]) -> Callable[..., Any]:
