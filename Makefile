@@ -57,6 +57,7 @@ engine: setup ## tests on the real vLLM and Ray Serve, one after another
 
 gpu: ## tests on a CUDA device, in an environment with the stock vllm wheel (PY=…): not part of `make test`
 	$(PY) -m pytest -m gpu tests/gpu
+	$(PY) -m benchmarks.capacity --device cuda
 
 test: check unit faults cluster engine ## everything that CI runs
 

@@ -1,10 +1,11 @@
 """What expert capacity costs, what it wins, and what it does to a model's quality.
 
     python -m benchmarks.capacity [--quick] [--only layer | quality] [--rounds 3] [--picture FILE.svg]
+    python -m benchmarks.capacity --device cuda [--quick] [--rounds 3]
 
 `benchmarks.capacity_layer` measures an MoE layer of real shape on two simulated ranks, `benchmarks.capacity_quality`
 the perplexity of the small model that `benchmarks.trained_moe` trains, on its first use, for some minutes. Needs vLLM
-for CPU.
+for CPU. With `--device` only `benchmarks.capacity_device` runs: the hook alone, there, without vLLM.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 # One thread: a rank of a CPU deployment owns one core, and times are those of one thread. Read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from benchmarks import capacity_layer, capacity_quality
+from benchmarks import capacity_device, capacity_layer, capacity_quality
 from benchmarks.capacity_layer import Shape, say
 from benchmarks.trained_moe import QUICK, Recipe
 
@@ -36,7 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of a prefill step")
     parser.add_argument("--intermediate", type=int, default=1536, help="width of an expert")
     parser.add_argument("--picture", type=Path, help="draw perplexity over γ as SVG there")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="time the hook alone on this device")
     options = parser.parse_args(arguments)
+    if options.device is not None:
+        tokens, rounds = ((16,), 1) if options.quick else ((1, 32, 256, 4096), 10 * options.rounds)
+        print(json.dumps(capacity_device.measure(options.device, tokens, rounds)))
+        return
     keys = ("hook_overhead_count", "hook_overhead_reroute", "layer_speedup_over_bound", "gemm_share", "ppl_delta")
     found: dict[str, Any] = dict.fromkeys(keys)
     if options.only != "quality":

@@ -27,6 +27,7 @@ from moe_serving.plugin import wrap_once
 
 log = get_log("gpu")
 ENV = "MOESTACK_GPU"
+REMEDY = "engine.extraArgs moe-backend=triton (deep_gemm, marlin) asks for one that does, where it fits"
 COST = "what the other kernel costs is unknown until benchmarks/capacity.py measures it on the device"
 
 
@@ -104,7 +105,7 @@ def unable(experts: Any) -> str:
     parts = (chosen.experts, chosen.fallback_experts) if _kind(chosen) == _EITHER else (chosen,)
     for part in parts:
         if _kind(part) not in (_TRITON, _MARLIN, _DEEP_GEMM):
-            return f"kernel {type(part).__name__} is not known to leave out dropped slots"
+            return f"kernel {type(part).__name__} is not known to leave out dropped slots; {REMEDY}"
         if _kind(part) == _TRITON and _one_scale(part):
             return "kernel TritonExperts with one activation scale for all rows reads those of dropped slots too"
         if _kind(part) == _MARLIN and part.input_dtype is not None:

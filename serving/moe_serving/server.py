@@ -51,6 +51,7 @@ class MoEServer(LLMServer):  # type: ignore[misc]  # ray ships no types
             hooked=sum(1 for layer in layers if layer["hooked"]),
             bypassed={layer["name"]: layer["why"] for layer in layers if not layer["hooked"]},
             counted_only={layer["name"]: layer["why"] for layer in layers if layer["hooked"] and layer["why"]},
+            ruled_out=layers[0]["ruled_out"] if layers else {},
         )
         if self._serving.boot_knobs is not None:
             await self._control.boot(self._serving.boot_knobs)

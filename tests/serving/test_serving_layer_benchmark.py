@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import capacity_device
 from benchmarks.capacity_layer import Pass, keys, popularity, prefill_row
 
 
@@ -58,3 +59,11 @@ def test_keys_are_the_worst_and_leave_out_loads_that_hardly_fall() -> None:
 def test_skew_lands_on_the_first_of_two_ranks(skew: str, first_half_over_second: float) -> None:
     wanted = popularity(skew, 128)
     assert wanted[:64].sum() / wanted[64:].sum() == pytest.approx(first_half_over_second, rel=0.01)
+
+
+def test_the_hook_alone_is_timed_under_every_setting() -> None:
+    pytest.importorskip("torch")
+    found = capacity_device.measure("cpu", (16,), 1, experts=8, k=2)
+    assert found["device"] == "cpu"
+    assert [row["setting"] for row in found["hook"]] == ["count", "Unlimited", "Reroute", "Drop", "ExpertChoice"]
+    assert all(row["eager_us"] > 0 and "graph_us" not in row for row in found["hook"])
