@@ -8,7 +8,8 @@ count          expert load is counted inside the graphs; capacity is refused
 capacity       capacity too, where the layer's kernel is known to leave out a dropped slot; kernels that route by
                themselves (monolithic) are ruled out where vLLM has another
 
-What of a layer's kernel makes it fit is said at `unable`, and what of a deployment hides the batch at `out_of_order`.
+What of a layer's kernel makes it fit is said at `unable`, and what of a deployment hides the batch at `hidden`;
+`moe_serving.parallel` knows the parallel forms.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from moe_serving.plugin import wrap_once
 
 log = get_log("gpu")
 ENV = "MOESTACK_GPU"
+PARTS_OF_PROMPTS = "prefill context parallel: its router sees a part of each prompt"
 REMEDY = "engine.extraArgs moe-backend=triton (deep_gemm, marlin) asks for one that does, where it fits"
 COST = "what the other kernel costs is unknown until benchmarks/capacity.py measures it on the device"
 
@@ -73,20 +75,6 @@ def _kind(thing: Any) -> str:
     return f"{type(thing).__module__}:{type(thing).__qualname__}"
 
 
-def out_of_order(moe: Any, quant_method: Any) -> str:
-    """Why a router does not see the tokens of the step in the order in which the model runner has them; "" if it does.
-
-    `moe` is the layer's FusedMoEConfig. Its rows would be taken for other tokens, so such a layer is not even counted.
-    """
-    if moe.is_sequence_parallel:
-        return "sequence parallel (TP > 1 with DP > 1): its router sees a slice of the batch"
-    if moe.pcp_size > 1:
-        return "prefill context parallel: its router sees a part of each prompt"
-    if moe.dp_size > 1 and not quant_method.supports_internal_mk:
-        return f"{type(quant_method).__name__} gathers tokens of other ranks before routing"
-    return ""
-
-
 def unable(experts: Any) -> str:
     """Why a layer's kernel may not be given a dropped slot (expert -1 in a row that has others); "" if it may.
 
@@ -131,9 +119,8 @@ def describe(layer: Any, experts: Any) -> None:
         layer.bypassed = f"no kernel for {current_platform.device_name} was read for dropped slots"
     elif experts is None:
         layer.bypassed = layer.bypassed or "no experts of vLLM's modular kind behind its router"
-    if layer.bypassed:
-        return
-    layer.bypassed = out_of_order(experts.moe_config, experts.quant_method)
+    elif experts.moe_config.pcp_size > 1:
+        layer.bypassed = layer.bypassed or PARTS_OF_PROMPTS
     if layer.bypassed:
         return
     if asked is Mode.COUNT:
@@ -153,14 +140,14 @@ def hidden(runner: Any) -> str:
     if getattr(runner, "adaptive_verification", None) is not None:
         return "adaptive verification: drafts are shared out on the device"
     if getattr(runner, "pcp_manager", None) is not None:
-        return "prefill context parallel: its router sees a part of each prompt"
+        return PARTS_OF_PROMPTS
     return ""
 
 
 def longest_batch(runner: Any) -> int:
-    """Tokens of the longest batch that a runner will run, padding to the sizes of captured graphs included."""
+    """Tokens of the longest batch that a runner will run, padding to captured sizes and to even parts included."""
     sizes = runner.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
-    return max(int(runner.max_num_tokens), *map(int, sizes))
+    return max(int(runner.max_num_tokens), *map(int, sizes)) + int(runner.parallel_config.tensor_parallel_size) - 1
 
 
 def prepare(rank: Any, runner: Any) -> None:

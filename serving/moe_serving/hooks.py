@@ -156,7 +156,7 @@ WORKER_GPU: tuple[Need, ...] = (
     Attributes(
         f"{_MOE}.config:FusedMoEConfig",
         (
-            "is_sequence_parallel", "pcp_size", "dp_size", "is_lora_enabled", "num_experts", "num_logical_experts",
+            "pcp_size", "is_lora_enabled", "num_experts", "num_logical_experts",
         ),
     ),
     Parameters(f"{_MOE}.experts.triton_moe:TritonExperts.moe_sum", MOE_SUM),

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import vllm
 
+from moe_core.log import get_log
 from moe_serving import hooks
 from moe_serving.batch import Step, step_of
 from moe_serving.plugin import wrap_once
 from moe_serving.rank import RANK
 
+log = get_log("second runner")
 _MODULE = "vllm.v1.worker.gpu.model_runner"
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -28,14 +30,16 @@ class Held(NamedTuple):
 
 
 def hook(kind: type, time_step: Wrap, number_after_load: Wrap) -> None:
-    """Hook the class of a worker's model runner if it is the second one or its heir; else do nothing.
+    """Hook the class of a worker's model runner if it is the second one, or its heir, as the hooks know it.
 
-    Raises UnsupportedVllm before it hooks anything.
+    Else nothing: its layers are then reported as bypassed, with the first runner as remedy.
     """
     runner = next((base for base in kind.__mro__ if base.__module__ == _MODULE), None)
     if runner is None:
         return
-    hooks.check(hooks.SECOND_RUNNER, vllm.__version__)
+    if found := [text for need in hooks.SECOND_RUNNER for text in hooks.differences(need)]:
+        log.warning("vLLM's second model runner is not hooked", version=vllm.__version__, differs=found)
+        return
     wrap_once(runner, "add_requests", _keep_parameters)
     wrap_once(runner, "_remove_request", _drop_parameters)
     wrap_once(runner, "prepare_inputs", _note_phases)

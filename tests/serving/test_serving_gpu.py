@@ -146,23 +146,6 @@ def test_capacity_asks_for_a_kernel_that_leaves_out_a_dropped_slot(name: str, la
 
 
 @pytest.mark.parametrize(
-    ("config", "kernel", "why"),
-    [
-        ({}, True, ""),
-        ({"dp_size": 2}, True, ""),
-        ({"dp_size": 2}, False, "OwnKernel gathers tokens of other ranks before routing"),
-        ({"is_sequence_parallel": True}, True, "sequence parallel"),
-        ({"pcp_size": 2}, True, "prefill context parallel"),
-    ],
-)
-def test_a_router_that_sees_other_tokens_is_not_even_counted(config: Any, kernel: bool, why: str) -> None:
-    layer = experts(triton() if kernel else None, **config)
-    reason = gpu.out_of_order(layer.moe_config, layer.quant_method)
-    assert (reason == "") == (why == "")
-    assert why in reason
-
-
-@pytest.mark.parametrize(
     ("runner", "why"),
     [
         ({}, ""),
@@ -221,14 +204,14 @@ def a_model(*layers: Any) -> Any:
         (
             "count",
             [(True, "MOESTACK_GPU=count asks for counting only")] * 2
-            + [(False, "sequence parallel"), (False, "monolithic kernel of SimpleNamespace")],
+            + [(False, "prefill context parallel"), (False, "monolithic kernel of SimpleNamespace")],
         ),
         (
             "capacity",
             [
                 (True, ""),
                 (True, "redundant experts"),
-                (False, "sequence parallel"),
+                (False, "prefill context parallel"),
                 (False, "monolithic kernel of SimpleNamespace"),
             ],
         ),
@@ -244,7 +227,7 @@ def test_every_layer_says_at_load_what_it_is(
         a_model(
             experts(triton()),
             experts(triton(), num_experts=E + 4),
-            experts(triton(), is_sequence_parallel=True),
+            experts(triton(), pcp_size=2),
             experts(triton(), monolithic=True),
         )
     )
@@ -339,10 +322,17 @@ def test_a_batch_longer_than_what_was_reserved_is_refused_on_a_device() -> None:
         rank.route(0, *too_long)
 
 
-@pytest.mark.parametrize(("tokens", "sizes", "want"), [(256, [1, 8, 64], 256), (250, [1, 256], 256), (64, None, 64)])
-def test_the_longest_batch_has_the_padding_of_captured_graphs(tokens: int, sizes: Any, want: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "ranks", "want"),
+    [(256, [1, 8, 64], 1, 256), (250, [1, 256], 1, 256), (64, None, 1, 64), (64, None, 4, 67)],
+)
+def test_the_longest_batch_has_the_padding_of_captured_graphs(tokens: int, sizes: Any, ranks: int, want: int) -> None:
     compilation = SimpleNamespace(cudagraph_capture_sizes=sizes)
-    runner = SimpleNamespace(max_num_tokens=tokens, vllm_config=SimpleNamespace(compilation_config=compilation))
+    runner = SimpleNamespace(
+        max_num_tokens=tokens,
+        vllm_config=SimpleNamespace(compilation_config=compilation),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
     assert gpu.longest_batch(runner) == want
 
 

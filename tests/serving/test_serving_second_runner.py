@@ -155,3 +155,13 @@ def test_a_batch_that_the_device_rearranges_begins_no_step(kind: Any, rank: Rank
     setattr(runner, doctored, object())
     assert runner.prepare_inputs(scheduled(), batch, None, 0) == "inputs"
     assert (rank.steps, rank.batch) == (0, 0)
+
+
+def test_a_second_runner_that_differs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    differs = hooks.Parameters("vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs", ("self", "other"))
+    monkeypatch.setattr(hooks, "SECOND_RUNNER", (differs,))
+    before = dict(vars(GPUModelRunner))
+    second_runner.hook(GPUModelRunner, passing, passing)
+    assert dict(vars(GPUModelRunner)) == before
