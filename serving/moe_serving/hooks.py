@@ -119,6 +119,10 @@ WORKER_CPU: tuple[Need, ...] = (
     Parameters(f"{_COMMUNICATOR}.reduce_scatterv", ("self", "input_", "dim", "sizes")),
     Parameters("vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model", ("self",), more=True),
     Parameters(
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu",
+        ("self", "positions", "query", "key"),
+    ),
+    Parameters(
         f"{_EXPERTS}.apply",
         (
             "self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation",

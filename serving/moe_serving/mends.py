@@ -61,6 +61,22 @@ def own_experts(weight: Any, expert_map: Any, intermediate_size: int, hidden_siz
     return experts[here[expert_map[here].argsort()].to(weight.device)]
 
 
+def rotate_by_head(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `RotaryEmbedding.forward_cpu`, whose kernel takes heads [T, H, D] for rows of one head: it turns the first T
+    of them, by the wrong positions, and of a strided view it turns the neighbours' memory.
+
+    Multi-head latent attention gives it such heads, where the positions are not stretched (YaRN has a class of its
+    own): text is wrong, and compiled another in every run (vLLM 0.32.0, CPU).
+    """
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if query.dim() > 2:
+            return self.forward_native(positions, query, key, *args, **kwargs)
+        return original(self, positions, query, key, *args, **kwargs)
+
+    return forward_cpu
+
+
 def lend_gatherv(communicator: type, base: type) -> None:
     """Give the communicator of a CPU what data-parallel attention dispatches and combines by.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 3
+FORMAT = 4
 """Part of a checkpoint's cache key: raise it when what is written changes."""
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -76,6 +76,17 @@ _MLA: dict[str, Any] = {
     "n_shared_experts": 1,
     "n_group": 4,
     "topk_group": 2,
+    # Published ones stretch their positions; without that vLLM takes another class for them, whose CPU kernel is wrong.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
 }
 
 FAMILIES: Mapping[str, _Family] = {

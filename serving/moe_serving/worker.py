@@ -27,7 +27,7 @@ from moe_core.wire import ExpertKnobs
 from moe_serving import gpu, hooks, second_runner
 from moe_serving.agreement import Proposal, everyone, objection
 from moe_serving.batch import step_of
-from moe_serving.mends import find_dbrx_experts, lend_gatherv, load_own_dbrx_experts
+from moe_serving.mends import find_dbrx_experts, lend_gatherv, load_own_dbrx_experts, rotate_by_head
 from moe_serving.parallel import note_form
 from moe_serving.plugin import enabled, wrap_once, wrapped
 from moe_serving.rank import RANK, now, on_host
@@ -55,6 +55,7 @@ def install() -> None:
         from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
         from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+        from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         from moe_serving.cpu_experts import hooked_apply
@@ -63,6 +64,7 @@ def install() -> None:
 
         wrap_once(CPUModelRunner, "load_model", _number_after_load)
         wrap_once(CPUUnquantizedExperts, "apply", hooked_apply)
+        wrap_once(RotaryEmbedding, "forward_cpu", rotate_by_head)
 
 
 def _register_router(original: Callable[..., None]) -> Callable[..., None]:

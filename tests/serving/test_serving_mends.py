@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_serving.mends import load_own_dbrx_experts
+from moe_serving.mends import load_own_dbrx_experts, rotate_by_head
 
 torch = pytest.importorskip("torch")
 
@@ -55,3 +55,20 @@ def test_everything_else_is_vllms_own_to_load(mine: list[int] | None, shard: str
     experts = on_rank(mine)
     experts.weight_loader(None, FLAT, "mlp.w1", shard)
     assert experts.asked == [("mlp.w1", shard)]
+
+
+class Rotary:
+    """Tells which of vLLM's two ways was taken."""
+
+    @rotate_by_head
+    def forward_cpu(self, positions: Any, query: Any, key: Any = None) -> str:
+        return "kernel"
+
+    def forward_native(self, positions: Any, query: Any, key: Any = None) -> str:
+        return "torch"
+
+
+def test_heads_are_rotated_without_the_kernel_that_takes_rows() -> None:
+    rows, heads = torch.zeros(5, 12), torch.zeros(5, 3, 4)
+    assert Rotary().forward_cpu(None, rows, rows) == "kernel"
+    assert Rotary().forward_cpu(None, heads, heads) == "torch"
