@@ -120,7 +120,16 @@ def test_tokens_without_a_tier_keep_what_the_router_gave(run: dict[str, Any]) ->
     assert any(bool((record["k"] == 1).any()) and bool((record["k"] == 0).any()) for record in run["records"][2])
 
 
-@pytest.mark.parametrize("name", ["whole, alone", "whole, a rank of two", "dropped, alone", "dropped, a rank of two"])
+KERNEL_CASES = [
+    "whole, alone",
+    "whole, a rank of two",
+    "dropped, alone",
+    "dropped, a rank of two",
+    "one token, dropped",
+]
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES)
 def test_tritons_kernel_leaves_out_dropped_slots(run: dict[str, Any], name: str) -> None:
     """vLLM's kernel, interpreted, with alignment and sum written in torch: NaN wherever an unwritten row was read."""
     error = run["kernel"][name]
