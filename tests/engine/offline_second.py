@@ -103,6 +103,41 @@ def kernel_error(drop: bool, expert_parallel: bool, tokens: int = 24) -> dict[st
     return {name: float(part.amax()) if part.numel() else 0.0 for name, part in split.items()}
 
 
+def deep_gemm_error(expert_parallel: bool) -> float:
+    """The same of what lies around DeepGEMM's product: count, scatter and gather, a row's product being expert + 1.
+
+    Rows and places that nothing is written to start as NaN and far outside.
+    """
+    import torch
+    from vllm.model_executor.layers.fused_moe.deep_gemm_utils import ep_gather, ep_scatter
+    from vllm.model_executor.layers.fused_moe.utils import count_expert_num_tokens
+
+    tokens, experts, k, hidden, block = 24, 8, 2, 128, 16
+    make = torch.Generator().manual_seed(5)
+    x = torch.randn(tokens, hidden, generator=make)
+    weights, ids = torch.topk(torch.softmax(torch.randn(tokens, experts, generator=make), 1), k)
+    ids = ids.to(torch.int32)
+    ids[::3, 1] = -1  # weights stay: who reads one of a dropped slot shows
+    owned = torch.arange(experts) < (experts // 2 if expert_parallel else experts)
+    emap = torch.where(owned, torch.arange(experts), -1).to(torch.int32) if expert_parallel else None
+    here = (ids >= 0) & owned[ids.clamp(min=0).long()]
+    local = int(owned.sum())
+    counts = count_expert_num_tokens(ids, local, emap)
+    assert counts.tolist() == torch.bincount(ids[here].long(), minlength=experts)[:local].tolist()
+    rows = local * tokens * k
+    scattered, layout = torch.full((rows, hidden), torch.nan), torch.full((rows,), -1, dtype=torch.int32)
+    place = torch.full((tokens, k), 1 << 30, dtype=torch.int32)
+    ep_scatter(
+        x, torch.ones(tokens, 1), ids, counts, emap, torch.empty(local, dtype=torch.int32), scattered,
+        torch.zeros(rows, 1), layout, place, align_m=block,
+    )  # fmt: skip
+    product = scattered * (layout.unsqueeze(1) + 1)
+    output = torch.full((tokens, hidden), torch.nan)
+    ep_gather(product, ids, weights, place, emap, output)
+    want = x * (here * weights * (ids + 1)).sum(1, keepdim=True)
+    return float((output - want).abs().amax())
+
+
 def main(job_path: Path) -> None:
     job: dict[str, Any] = json.loads(job_path.read_text())
     os.environ.update(
@@ -164,6 +199,8 @@ def main(job_path: Path) -> None:
         for drop in (False, True)
         for ranks in (False, True)
     }
+    for ranks in (False, True):
+        result["kernel"][f"DeepGEMM, {'a rank of two' if ranks else 'alone'}"] = {"dropped": deep_gemm_error(ranks)}
     result["kernel"]["one token, dropped"] = kernel_error(True, False, tokens=1)  # no alignment at all
     Path(job["out"]).write_text(json.dumps(result))
 

@@ -126,12 +126,13 @@ KERNEL_CASES = [
     "dropped, alone",
     "dropped, a rank of two",
     "one token, dropped",
+    "DeepGEMM, alone",
+    "DeepGEMM, a rank of two",
 ]
 
 
 @pytest.mark.parametrize("name", KERNEL_CASES)
-def test_tritons_kernel_leaves_out_dropped_slots(run: dict[str, Any], name: str) -> None:
-    """vLLM's kernel, interpreted, with alignment and sum written in torch: NaN wherever an unwritten row was read."""
-    error = run["kernel"][name]
-    assert error["whole"] < 1e-4
-    assert error["dropped"] < 1e-4
+def test_vllms_triton_kernels_leave_out_dropped_slots(run: dict[str, Any], name: str) -> None:
+    """Interpreted, with what is CUDA between them written in torch: NaN wherever an unwritten row was read."""
+    for tokens, error in run["kernel"][name].items():
+        assert error < 1e-4, tokens
