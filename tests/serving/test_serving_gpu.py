@@ -243,17 +243,24 @@ def test_every_layer_says_at_load_what_it_is(
         alone.apply(ExpertKnobs(), 2)
 
 
-def test_a_layer_that_is_left_alone_adds_nothing_to_a_graph(on_cuda: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "routes", "tells_eplb"), [("off", False, False), ("count", True, False), ("capacity", True, True)]
+)
+def test_what_a_hooked_router_does_to_a_graph(
+    on_cuda: Rank, monkeypatch: pytest.MonkeyPatch, mode: str, routes: bool, tells_eplb: bool
+) -> None:
+    """Left alone it gives back the very tensors of vLLM; else new ones, and EPLB is left what the router asked for."""
     from moe_serving import worker
 
-    monkeypatch.setenv(gpu.ENV, "off")
+    monkeypatch.setenv(gpu.ENV, mode)
     worker.number_layers(a_model(experts(triton())))
     router = SimpleNamespace(_moestack_layer=0)
     answer = torch.empty(T, K, device="meta"), torch.empty(T, K, dtype=torch.int32, device="meta")
     hooked = worker._count_and_cap(lambda *_, **__: answer)
     weights, ids = hooked(router, None, torch.empty(T, E, device="meta"), torch.int32)
-    assert weights is answer[0]
-    assert ids is answer[1]
+    assert (weights is not answer[0], ids is not answer[1]) == (routes, routes)
+    assert (ids.shape, ids.dtype) == (answer[1].shape, answer[1].dtype)
+    assert (getattr(router, "_moestack_demand", None) is answer[1]) == tells_eplb
 
 
 def a_rank(layers: int = 1, routing: Routing | None = PLAIN) -> Rank:
