@@ -21,7 +21,8 @@ class Routing:
     """How a router turns logits into experts and weights.
 
     Experts are chosen by gate + bias where there is a bias, by the gate itself where `by_gate`, else by the logits.
-    They differ where a gate saturates: close logits then share a gate.
+    They differ where a gate saturates: close logits then share a gate. A softmax's logits are taken less the logarithm
+    of its sum, which is the gate's logarithm: between tokens, raw ones say nothing of what an expert is worth to each.
     """
 
     scoring: str
@@ -48,6 +49,8 @@ def scores(routing: Routing, logits: Tensor) -> Scores:
         selection = gate + routing.bias.float().unsqueeze(0)
     elif routing.by_gate:
         selection = gate
+    elif routing.scoring == "softmax":
+        selection = torch.log_softmax(logits.float(), dim=-1)
     else:
         selection = logits.float()
     if routing.groups == 1:

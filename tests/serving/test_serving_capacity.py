@@ -101,6 +101,24 @@ def rules_hold(case: Case, early_out: bool, by_index: bool) -> None:
     assert torch.equal(routed(case, early_out, by_index)[2], out_ids), "the same input gave another output"
 
 
+@pytest.mark.parametrize("early_out", [False, True])
+def test_between_tokens_the_gate_decides_and_not_how_large_logits_are(early_out: bool) -> None:
+    logits = torch.tensor([[100.0, 99.9], [2.0, -2.0]])  # gates 0.52 and 0.98 of the one expert that both ask for
+    layer = Layer(0, "moe.0", 2, 1, Routing("softmax", True))
+    layer.gamma_micro.fill_(1_000_000)
+    _, ids = route(
+        layer,
+        torch.full((2,), fast.PREFILL),
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor(fast.MODES[Overflow.REROUTE]),
+        torch.ones(2, 1),
+        torch.zeros(2, 1, dtype=torch.int32),
+        logits,
+        early_out,
+    )
+    assert ids.tolist() == [[1], [0]]
+
+
 def padding_is_irrelevant(case: Case) -> None:
     """More padding, anywhere and with any scores, changes nothing for the others."""
     count = len(case.phase)
