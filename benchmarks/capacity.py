@@ -4,8 +4,8 @@
     python -m benchmarks.capacity --device cuda [--quick] [--rounds 3]
 
 `benchmarks.capacity_layer` measures an MoE layer of real shape on two simulated ranks, `benchmarks.capacity_quality`
-the perplexity of the small model that `benchmarks.trained_moe` trains, on its first use, for some minutes. Needs vLLM
-for CPU. With `--device` only `benchmarks.capacity_device` runs: the hook alone, there, without vLLM.
+the perplexity of the small models that `benchmarks.trained_moe` trains, on their first use, for some minutes each.
+Needs vLLM for CPU. With `--device` only `benchmarks.capacity_device` runs: the hook alone, there, without vLLM.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from benchmarks import capacity_device, capacity_layer, capacity_quality
 from benchmarks.capacity_layer import Shape, say
+from benchmarks.capacity_quality import SEEDS
 from benchmarks.trained_moe import QUICK, Recipe
 
 GAMMAS = (Decimal("1"), Decimal("1.1"), Decimal("1.25"))
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             shape = Shape(tokens=options.tokens, intermediate=options.intermediate)
             found |= capacity_layer.measure(shape, GAMMAS, options.rounds, (32, 256))
     if options.only != "layer":
-        quality = capacity_quality.measure(QUICK if options.quick else Recipe(), say)
+        recipe, seeds = (QUICK, SEEDS[:1]) if options.quick else (Recipe(), SEEDS)
+        quality = capacity_quality.measure(recipe, say, seeds)
         found |= quality
         if options.picture is not None:
             capacity_quality.picture(quality["perplexity"], options.picture)

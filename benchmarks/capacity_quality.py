@@ -1,15 +1,17 @@
 """Held-out perplexity of a small trained mixture of experts against capacity factor, overflow policy and k.
 
 The model runs in plain transformers; what its routers answer passes through the capacity code of serving before the
-experts see it. A step is a batch of whole sequences, all prefill: capacity counts over its tokens.
+experts see it. A step is a batch of whole sequences, all prefill: capacity counts over its tokens. Its sequences come
+from all over the held-out text, as an engine's step mixes requests that have nothing to do with one another.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,11 @@ from moe_core.wire import ExpertKnobs, Overflow
 GAMMAS = (Decimal("1"), Decimal("1.25"), Decimal("1.5"), Decimal("2"))
 POLICIES = (Overflow.REROUTE, Overflow.DROP, Overflow.EXPERT_CHOICE)
 SEQUENCES_A_STEP = 16
+STEPS_TRIED = (1, 4, 16, 64)
+"""Sequences a step, for what the size of a step does."""
 RANKS = 2
+SEEDS = (1, 2, 3)
+"""Models of one recipe: the first for the whole grid, all of them for what γ costs."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Held:
         demand, assigned = layer.demand.clone(), layer.assigned.clone()
         weights, ids = self.rank.route(index, weights, ids, logits)
         asked, held = layer.demand - demand, layer.assigned - assigned
+        seen.skews.append((index, float(asked.max() / asked.float().mean())))
         seen.falls.append(float(asked.max() / held.max()))
         seen.rank_falls.append(float(asked.view(RANKS, -1).sum(1).max() / held.view(RANKS, -1).sum(1).max()))
         # The model takes no -1: an empty slot is any expert with the weight of nothing.
@@ -103,7 +110,8 @@ class Held:
 class Seen:
     """What capacity did, over all steps and layers.
 
-    `falls` and `rank_falls`: the largest load of an expert, and of a rank that owns neighbours, before over after.
+    `falls` and `rank_falls`: the largest load of an expert, and of a rank that owns neighbours, before over after;
+    `skews`: layer, and its largest load over the mean in one step, as the router asks for it.
     """
 
     slots: int = 0
@@ -113,6 +121,12 @@ class Seen:
     lost_gate_mass: float = 0.0
     falls: list[float] = field(default_factory=list)
     rank_falls: list[float] = field(default_factory=list)
+    skews: list[tuple[int, float]] = field(default_factory=list)
+
+    def skew_by_layer(self) -> list[float]:
+        """Mean over steps."""
+        layers = sorted({layer for layer, _ in self.skews})
+        return [round(statistics.fmean(skew for at, skew in self.skews if at == layer), 3) for layer in layers]
 
     @staticmethod
     def of(rank: Any) -> Seen:
@@ -141,34 +155,109 @@ def settings(top_k: int) -> list[Setting]:
     return grid + [Setting(Overflow.REROUTE, Decimal("1.25"), k) for k in fewer]
 
 
-def measure(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train (or find) the model and try the grid on held-out text."""
+@contextlib.contextmanager
+def random_experts(model: Any, seed: int) -> Iterator[None]:
+    """The model with the router's weights on experts drawn by lot: what it is worth to it which experts answer."""
     import torch
 
-    made = trained_moe.trained(recipe, say)
-    held, batch = Held(trained_moe.load(made.path)), trained_moe.held_out_batch(made.path, recipe)
-    torch.set_num_threads(1)
-    rows: dict[str, dict[str, Any]] = {}
-    for setting in settings(recipe.k):
-        with held.to(setting) as seen:
-            ppl = trained_moe.perplexity(held.model, batch, SEQUENCES_A_STEP)
-        first = rows.get("Unlimited", {}).get("perplexity", ppl)
-        rows[setting.name] = {
-            "perplexity": round(ppl, 5),
-            "delta": round(ppl / first - 1, 5),
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(router: Any, _: Any, output: Any) -> Any:
+        logits, weights, ids = output
+        drawn = torch.rand(logits.shape, generator=generator).topk(ids.shape[1], dim=1).indices
+        return logits, weights, drawn
+
+    hooks = [layer.mlp.gate.register_forward_hook(draw) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def mixed(batch: Any, at_once: int) -> Any:
+    """Sequences [n, length] in an order in which each step of `at_once` holds some from all over the batch."""
+    steps = max(len(batch) // at_once, 1)
+    return batch[[n for first in range(steps) for n in range(first, len(batch), steps)]]
+
+
+def standard_error(nats: Any, before: Any) -> float:
+    """Of the relative change of perplexity, from nats by sequence of the same text: sequences vary, pairs little."""
+    return float((nats - before).std() / math.sqrt(len(nats)))
+
+
+class Trial:
+    """One trained model and the held-out text. `say` hears every figure."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        import torch
+
+        self.made = trained_moe.trained(recipe, say)
+        self.held = Held(trained_moe.load(self.made.path))
+        self.text = trained_moe.held_out_batch(self.made.path, recipe)
+        self.say = say
+        torch.set_num_threads(1)
+        self.none = self.nats(SEQUENCES_A_STEP)
+
+    def nats(self, at_once: int) -> Any:
+        return trained_moe.nats_by_sequence(self.held.model, mixed(self.text, at_once), at_once)
+
+    def row(self, setting: Setting, at_once: int = SEQUENCES_A_STEP) -> dict[str, Any]:
+        """What the model loses under `setting`, and what capacity did."""
+        with self.held.to(setting) as seen:
+            nats = self.nats(at_once)
+        loss = float(nats.mean() - self.none.mean())
+        moved = (seen.rerouted + seen.dropped) / seen.slots
+        # A smaller step holds the sequences in another order.
+        pairs = at_once == SEQUENCES_A_STEP
+        row = {
+            "perplexity": round(math.exp(nats.mean()), 5),
+            "delta": round(math.expm1(loss), 5),
+            "delta_standard_error": round(standard_error(nats, self.none), 5) if pairs else None,
             "dropped": round(seen.dropped / seen.slots, 5),
             "rerouted": round(seen.rerouted / seen.slots, 5),
+            "nats_over_share_moved": round(loss / moved, 5) if moved else None,
             "lost_gate_mass": round(seen.lost_gate_mass / seen.tokens, 5),
+            "max_over_mean_by_layer": seen.skew_by_layer(),
             "expert_load_fall": round(statistics.median(seen.falls), 3),
             "rank_load_fall": round(statistics.median(seen.rank_falls), 3),
         }
-        say(f"{setting.name}: perplexity {ppl:.4f}, {rows[setting.name]}")
+        self.say(f"{setting.name}, {at_once} sequences a step: {row}")
+        return row
+
+    def random(self) -> dict[str, Any]:
+        with random_experts(self.held.model, 1):
+            nats = self.nats(SEQUENCES_A_STEP)
+        loss = float(nats.mean() - self.none.mean())
+        return {"perplexity": round(math.exp(nats.mean()), 5), "delta": round(math.expm1(loss), 5)}
+
+
+def measure(recipe: Recipe, say: Callable[[str], None], seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+    """Train (or find) the models and try them on held-out text. `ppl_delta` is the worst of all seeds."""
+    first = Trial(replace(recipe, seed=seeds[0]), say)
+    rows = {setting.name: first.row(setting) for setting in settings(recipe.k)}
+    sizes = [at_once for at_once in STEPS_TRIED if at_once <= len(first.text)]
+    aim = Setting(Overflow.REROUTE, Decimal("1.25"))
+    by_tokens = {at_once * recipe.sequence: first.row(aim, at_once) for at_once in sizes}
+    by_seed = {}
+    for seed in seeds:
+        trial = first if seed == seeds[0] else Trial(replace(recipe, seed=seed), say)
+        asked = [Setting(), *(Setting(Overflow.REROUTE, gamma) for gamma in GAMMAS)]
+        by_seed[seed] = {
+            **{setting.name: rows[setting.name] if trial is first else trial.row(setting) for setting in asked},
+            "experts by lot": trial.random(),
+            "training": trial.made.figures,
+        }
+        say(f"seed {seed}, experts by lot: {by_seed[seed]['experts by lot']}")
     return {
-        "ppl_delta": rows["Reroute 1.25"]["delta"],
+        "ppl_delta": max(found[aim.name]["delta"] for found in by_seed.values()),
+        "ppl_delta_by_seed": {seed: found[aim.name]["delta"] for seed, found in by_seed.items()},
         "perplexity": rows,
-        "held_out_tokens": int(batch[:, 1:].numel()),
+        "perplexity_by_tokens_a_step": by_tokens,
+        "perplexity_by_seed": by_seed,
+        "held_out_tokens": int(first.text[:, 1:].numel()),
         "tokens_a_step": SEQUENCES_A_STEP * recipe.sequence,
-        "training": made.figures,
+        "training": first.made.figures,
     }
 
 

@@ -31,7 +31,8 @@ def test_capacity() -> None:
     for key in ("hook_overhead_count", "hook_overhead_reroute", "layer_speedup_over_bound", "gemm_share"):
         assert result[key] > 0, key
     assert abs(result["ppl_delta"]) < 1
-    assert result["perplexity"]["Unlimited"]["perplexity"] < 64, "it learned next to nothing"
+    uniform = result["training"]["uniform_perplexity"]
+    assert result["perplexity"]["Unlimited"]["perplexity"] < uniform / 6, "it learned next to nothing"
     for skew, rows in result["prefill"].items():
         loads = {name: row["rank_loads"] for name, row in rows.items()}
         slots = sum(loads["unlimited"])

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import capacity_quality, trained_moe  # noqa: E402
 from benchmarks.capacity_quality import Held, Setting  # noqa: E402
+from benchmarks.trained_moe import Recipe  # noqa: E402
 from moe_core.capacity import capacity  # noqa: E402
 from moe_core.wire import Overflow  # noqa: E402
 from moe_serving.rank import KnobsRefused  # noqa: E402
@@ -108,16 +109,54 @@ def test_a_document_is_held_out_whole_and_always_the_same() -> None:
     assert trained_moe.split(dict(reversed(texts.items())), 16) == (train, held_out)
 
 
-def test_text_becomes_the_tokens_of_its_bytes() -> None:
-    from transformers import AutoTokenizer
+def test_the_same_text_makes_the_same_tokenizer_and_comes_back_whole() -> None:
+    text = "def f(x):\n\treturn 'é' # 2×3\n".encode() * 9
+    first, second = (trained_moe.make_tokenizer(text, 270) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    assert len(first) == 270
+    ids = trained_moe.tokens_of(first, text).tolist()
+    assert first.decode(ids).encode() == text
+    assert len(ids) < len(text)
 
-    from moe_serving.tiny import cached_checkpoint
 
-    tokenizer = AutoTokenizer.from_pretrained(cached_checkpoint("qwen3_moe"))
-    text = "def f(x):\n\treturn 'é' # 2×3\x00\x7f\xad"
-    ids = trained_moe.byte_ids(tokenizer)
-    assert len(set(ids)) == 256
-    assert tokenizer(text, add_special_tokens=False)["input_ids"] == [ids[byte] for byte in text.encode()]
+def test_upcycled_experts_answer_as_the_dense_model_that_they_come_from(batch: Any) -> None:
+    recipe = Recipe(hidden=32, layers=2, experts=8, k=2, intermediate=16)
+    tokenizer = trained_moe.make_tokenizer(b"text", 259)
+    dense = trained_moe._model(recipe, tokenizer, 1, 1).eval()
+    mixture = trained_moe._upcycled(recipe, tokenizer, dense).eval()
+    load = trained_moe.expert_load(mixture, batch)
+    assert [len(experts) for experts in load] == [8, 8]
+    assert min(sum(slots > 0 for slots in experts) for experts in load) > recipe.k, "all tokens go the same way"
+    torch.testing.assert_close(logits(mixture, batch, None), logits(dense, batch, None), rtol=1e-4, atol=1e-4)
+    held = Setting(Overflow.REROUTE, Decimal(1))
+    torch.testing.assert_close(logits(mixture, batch, held), logits(dense, batch, None), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_by_lot_are_not_the_routers_and_only_while_asked_for(model: Any, batch: Any) -> None:
+    before = logits(model, batch, None)
+    with capacity_quality.random_experts(model, 1):
+        drawn, again = logits(model, batch, None), logits(model, batch, None)
+    assert not torch.equal(before, drawn)
+    assert not torch.equal(drawn, again)
+    assert torch.equal(before, logits(model, batch, None))
+
+
+@pytest.mark.parametrize(("sequences", "at_once"), [(12, 4), (16, 16), (7, 3), (3, 8), (5, 1)])
+def test_a_step_mixes_sequences_from_all_over_the_text(sequences: int, at_once: int) -> None:
+    order = capacity_quality.mixed(torch.arange(sequences), at_once).tolist()
+    assert sorted(order) == list(range(sequences)), "each once"
+    if sequences % at_once == 0:
+        steps = sequences // at_once
+        for first in range(0, sequences, at_once):
+            assert order[first : first + at_once] == list(range(order[first], sequences, steps))
+
+
+def test_the_standard_error_is_that_of_the_difference_by_sequence() -> None:
+    before = torch.tensor([1.0, 5.0, 3.0, 2.0])
+    assert capacity_quality.standard_error(before + 0.25, before) == 0
+    assert capacity_quality.standard_error(before + torch.tensor([0.0, 0.2, 0.0, 0.2]), before) == pytest.approx(
+        0.11547 / 2, rel=1e-4
+    )
 
 
 def test_the_picture_shows_every_policy(tmp_path: Path) -> None:
@@ -133,11 +172,13 @@ def test_the_picture_shows_every_policy(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_minutes_less_of_training_still_learn_far_more_than_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = capacity_quality.measure(trained_moe.QUICK, lambda text: None)
-    assert found["perplexity"]["Unlimited"]["perplexity"] < 256 / 8
+    found = capacity_quality.measure(trained_moe.QUICK, lambda text: None, (1,))
+    assert found["perplexity"]["Unlimited"]["perplexity"] < found["training"]["uniform_perplexity"] / 6
     assert found["training"]["held_out_perplexity"] == pytest.approx(
         found["perplexity"]["Unlimited"]["perplexity"], rel=1e-3
     )
+    assert found["ppl_delta"] == found["perplexity"]["Reroute 1.25"]["delta"]
+    assert found["perplexity_by_seed"][1]["experts by lot"]["delta"] > found["ppl_delta"]
     again = trained_moe.trained(trained_moe.QUICK)
     assert again.figures == found["training"], "the cached one was not found again"
     assert (again.path / "model.safetensors").is_file()
