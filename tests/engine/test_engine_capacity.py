@@ -226,7 +226,7 @@ def test_a_prefill_that_straddles_a_switch_caches_nothing_after_it(one: Run, nam
 def test_a_request_that_was_pushed_out_goes_on_with_its_tier(one: Run) -> None:
     whole, resumed = one["tiers"]["resumed"]
     assert whole["routed"] == RESUMED_TOKENS + len(whole["tokens"]) - 1
-    assert resumed["routed"] > whole["routed"] + RESUMED_TOKENS, "nothing was computed twice: it was not pushed out"
+    assert resumed["routed"] >= whole["routed"] + RESUMED_TOKENS, "nothing was computed twice: it was not pushed out"
     assert [run["slots"] for run in (whole, resumed)] == [TIERS["gold"] * run["routed"] for run in (whole, resumed)]
     assert resumed["tokens"] == whole["tokens"]
     assert resumed["logprob"] == pytest.approx(whole["logprob"], abs=1e-4)
