@@ -7,7 +7,8 @@ PYTHON ?= python3
 FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
-.PHONY: help setup up down test test-full check unit faults cluster control-plane engine gpu lock crd rbac golden fmt system
+.PHONY: help setup up down test test-full check unit faults cluster control-plane engine versions gpu lock
+.PHONY: crd rbac golden fmt system
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -59,6 +60,9 @@ gpu: ## tests on a CUDA device, in an environment with the stock vllm wheel (PY=
 	$(PY) -m pytest -m gpu tests/gpu
 	$(PY) -m benchmarks.capacity --device cuda
 
+versions: system $(UV) ## the plugin's tests on the other vLLM that it supports, in an environment of its own
+	@$(PYTHON) tools/versions.py --uv $(UV)
+
 test: check unit faults cluster engine ## everything that CI runs
 
 test-full: check control-plane ## the long forms as well
@@ -80,4 +84,7 @@ fmt: setup ## format and sort
 lock: $(UV) ## resolve the locks again, with hashes and without registry addresses
 	$(UV) pip compile -q pyproject.toml --extra gateway --extra tuner --extra operator --extra serving-cpu --extra cli \
 	  --group dev --generate-hashes --no-header --no-emit-index-url --python-version 3.11 -o requirements/dev.txt
+	cp requirements/dev.txt requirements/vllm-0.31.txt  # so that all but vLLM's own needs are the same
+	$(UV) pip compile -q requirements/vllm-0.31.in --generate-hashes --no-header --no-emit-index-url \
+	  --python-version 3.11 -o requirements/vllm-0.31.txt
 	$(UV) pip compile -q requirements/uv.in --generate-hashes --no-header --no-emit-index-url -o requirements/uv.txt

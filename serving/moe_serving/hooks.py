@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SUPPORTED = "vLLM 0.32"
+SUPPORTED = "vLLM 0.31 and 0.32"
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _SPIN = "vllm.distributed.device_communicators.shm_broadcast:SpinCondition"
