@@ -20,7 +20,7 @@ from moe_core.capacity import capacity
 from tests.engine.offline_dp import RANKS
 from tests.engine.stack import environment
 
-pytestmark = [pytest.mark.engine, pytest.mark.full]
+pytestmark = pytest.mark.engine
 
 torch = pytest.importorskip("torch")
 
@@ -152,6 +152,7 @@ def test_capacity_holds_over_the_tokens_of_a_rank_and_leaves_its_peer_alone(rank
     assert all(torch.equal(record["ids"], record["out_ids"]) for record in free["records"])
 
 
+@pytest.mark.full
 def test_a_stock_vllm_lacks_the_collectives_on_a_cpu(tmp_path: Path) -> None:
     """Why `moe_serving.mends.lend_gatherv` is there; should this fail, this vLLM may not need it any more."""
     done, _ = run_ranks(tmp_path, stock=True)
