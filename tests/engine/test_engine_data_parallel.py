@@ -1,7 +1,7 @@
 """Data-parallel attention with expert parallelism inside the real vLLM on a CPU: two ranks, each with its own requests.
 
-The text is that of the model's reference implementation; load is counted exactly while the other rank is idle; one
-rank is capped while the other is not. `docs/parallel.md` says what is meant.
+Text and routing are those of the model's reference implementation; load is counted exactly while the other rank is
+idle; one rank is capped while the other is not. `docs/parallel.md` says what is meant.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from moe_core.capacity import capacity
 from tests.engine.offline_dp import RANKS
 from tests.engine.stack import environment
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.full]
 
 torch = pytest.importorskip("torch")
 
-EXPERTS, TOP_K, LAYERS = 16, 4, 2
-SHAPE = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": LAYERS}
+EXPERTS, TOP_K, LAYERS = 16, 4, 4
+SHAPE = {"hidden_size": 128, "moe_intermediate_size": 256, "num_hidden_layers": LAYERS}
 PLAIN = {"overflow": "Unlimited"}
 CAPPED = {"overflow": "Reroute", "capacityFactorPrefill": "1"}
 PROMPTS = [
@@ -40,16 +40,20 @@ PHASES = [
 Run = dict[str, Any]
 
 
-def run_ranks(folder: Path, **more: Any) -> tuple[list[subprocess.CompletedProcess[str]], Path]:
-    """Both ranks to their end; their output, and where their results lie."""
+def checkpoint() -> Path:
+    """A router that likes experts of the first rank."""
     from moe_serving.tiny import Skew, cached_checkpoint
 
+    return cached_checkpoint("qwen3_moe", skew=Skew((0, 1, 2), 3.0), **SHAPE)
+
+
+def run_ranks(folder: Path, **more: Any) -> tuple[list[subprocess.CompletedProcess[str]], Path]:
+    """Both ranks to their end; their output, and where their results lie."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    checkpoint = cached_checkpoint("qwen3_moe", skew=Skew((0, 1, 2), 3.0), **SHAPE)
     job, out = folder / "job.json", folder / "out"
-    asked = {"checkpoint": str(checkpoint), "phases": PHASES, "port": port, "out": str(out), "eager": True, **more}
+    asked = {"checkpoint": str(checkpoint()), "phases": PHASES, "port": port, "out": str(out), "eager": True, **more}
     job.write_text(json.dumps(asked))
     command = [sys.executable, str(Path(__file__).with_name("offline_dp.py")), str(job)]
     started = [
@@ -84,26 +88,45 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """The next token by the model's own implementation in transformers, without a cache."""
+    """The model's own implementation in transformers: next tokens, and router logits [L, T, E], of a text."""
     from transformers import AutoModelForCausalLM
 
-    from moe_serving.tiny import Skew, cached_checkpoint
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32)
+    seen: list[Any] = []
 
-    checkpoint = cached_checkpoint("qwen3_moe", skew=Skew((0, 1, 2), 3.0), **SHAPE)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    def note(gate: Any, arguments: tuple[Any, ...]) -> None:
+        seen.append(arguments[0].reshape(-1, arguments[0].shape[-1]) @ gate.weight.T)
 
-    def after(tokens: list[int]) -> int:
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    assert len(gates) == LAYERS
+    for gate in gates:
+        gate.register_forward_pre_hook(note)
+
+    def run(tokens: list[int]) -> tuple[list[int], Any]:
+        seen.clear()
         with torch.no_grad():
-            return int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+            following = model(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        return following, torch.stack(seen)
 
-    return after
+    return run
 
 
-def test_both_ranks_give_the_text_of_the_reference_implementation(ranks: list[Run], reference: Any) -> None:
+def test_both_ranks_compute_what_the_reference_implementation_does(ranks: list[Run], reference: Any) -> None:
+    """Text, and what each router saw: the second layer's input has passed experts of both ranks in the first."""
     for run in ranks:
-        for prompt, tokens in zip(run["phases"][0]["prompts"], run["phases"][0]["tokens"], strict=True):
-            for at, token in enumerate(tokens):
-                assert reference([*prompt, *tokens[:at]]) == token
+        phase = run["phases"][0]
+        wanted = []
+        for prompt, tokens in zip(phase["prompts"], phase["tokens"], strict=True):
+            following, logits = reference([*prompt, *tokens[:-1]])
+            assert following[len(prompt) - 1 :] == tokens
+            wanted.append(logits)
+        for layer in range(LAYERS):
+            rows = torch.cat([logits[layer] for logits in wanted])
+            seen = torch.cat([record["logits"] for record in phase["records"] if record["layer"] == layer])
+            assert rows.shape == seen.shape
+            apart = torch.cdist(rows, seen, compute_mode="donot_use_mm_for_euclid_dist")
+            assert float(apart.min(1).values.max()) < 1e-3 * float(rows.norm(dim=1).mean())
+            assert float(apart.min(0).values.max()) < 1e-3 * float(rows.norm(dim=1).mean())
 
 
 def test_every_layer_is_hooked_and_ranks_hold_halves(ranks: list[Run]) -> None:
@@ -147,12 +170,10 @@ def test_capacity_holds_over_the_tokens_of_a_rank_and_leaves_its_peer_alone(rank
         before = torch.bincount(record["ids"][record["phase"] == 1].flatten().long(), minlength=EXPERTS)
         bound += int(before.max()) > limit
     assert bound, "capacity never bound"
-    assert capped["tokens"] != ranks[0]["phases"][0]["tokens"]
     assert free["tokens"] == ranks[1]["phases"][0]["tokens"], "a peer's knobs change nobody else's text"
     assert all(torch.equal(record["ids"], record["out_ids"]) for record in free["records"])
 
 
-@pytest.mark.full
 def test_a_stock_vllm_lacks_the_collectives_on_a_cpu(tmp_path: Path) -> None:
     """Why `moe_serving.mends.lend_gatherv` is there; should this fail, this vLLM may not need it any more."""
     done, _ = run_ranks(tmp_path, stock=True)
