@@ -56,7 +56,7 @@ def engine_kwargs(config: ServingConfig) -> dict[str, Any]:
 def engine_env(config: ServingConfig, cores: Sequence[int]) -> dict[str, str]:
     """Environment of the engine's processes. On a CPU each rank is bound to its share of the cores (their ids)."""
     if config.accelerator != "cpu":
-        # The plugin follows the steps of the first model runner alone.
+        # The plugin follows both of vLLM's model runners, and has been tried most with the first.
         return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     ranks = config.tensor_parallel * config.data_parallel
     share = max(1, len(cores) // ranks)
