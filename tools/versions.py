@@ -71,7 +71,7 @@ def environment(uv: str, lock: Path, version: str) -> Path:
 def tests_pass(python: Path) -> bool:
     """Rules and hooks first, then the engine: counts, capacity, and Unlimited against stock for a few families."""
     quick = [f"tests/serving/test_serving_{name}.py" for name in SERVING]
-    engine = [f"tests/engine/test_engine_{name}.py" for name in ("capacity",)]
+    engine = [f"tests/engine/test_engine_{name}.py" for name in ("capacity", "faults")]
     families = ["tests/engine/test_engine_families.py", "-k", " or ".join(FAMILIES)]
     passed = True
     for run in (["-m", "not full", *quick, *engine], families):
