@@ -145,6 +145,10 @@ VERDICTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], bool | None, str, str
         (R1, "nvidia-h200", 8), {"experts": {"redundant": 3}, "parallelism": {"expert": 8, "tensor": 8}}, False,
         "ParallelismImpossible", "experts.redundant",
     ),
+    "more ranks than experts": (
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "nvidia-h100", 16), {"parallelism": {"tensor": 16, "expert": 16}},
+        False, "ParallelismImpossible", "spec.parallelism.expert: 8 experts of mixtral-8x7b do not divide by 16",
+    ),
     "redundant experts that take the last room": (
         (V4, "nvidia-h200", 8),
         {"experts": {"redundant": 64}, "parallelism": {"data": 8, "expert": 8}, "engine": {"maxModelLen": 8192}},
