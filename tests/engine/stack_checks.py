@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
@@ -269,6 +270,39 @@ def prometheus_holds_what_ranks_counted(stack: Stack) -> None:
     hooked = stack.prometheus('moestack_expert_layers{state="hooked"}')
     assert [row["value"][1] for row in hooked] == [str(ALL_LAYERS)], hooked
     no_counter_went_back(stack)
+
+
+GAUGES = {
+    'moestack_expert_imbalance_ratio{by="expert"}': "expertMaxOverMean",
+    'moestack_expert_imbalance_ratio{by="rank"}': "rankMaxOverMean",
+    'moestack_expert_imbalance_ratio{by="rank_demand"}': "demandRankMaxOverMean",
+    "moestack_expert_load_cv_ratio": "expertCv",
+}
+"""Gauges of a layer's last window, and the fields of its digest."""
+
+
+def gauges_are_those_of_the_digests(stack: Stack) -> None:
+    """Under load, what Prometheus holds of each second's windows was said by a digest of that second."""
+    put(stack, UNCAPPED)
+    told: dict[tuple[str, int], set[float | None]] = {}
+    started = time.time()
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(lambda: [answer(stack, f"{n} gauges are read", 24, NONE) for n in range(12)])
+        while time.time() < started + 5 or not load.done():
+            for layer in stack.digest()["layers"]:
+                for query, name in GAUGES.items():
+                    told.setdefault((query, layer["layer"]), set()).add(layer.get(name))
+            time.sleep(0.05)
+        load.result()
+    first, last = started + 1.2, time.time() - 0.2  # what was scraped then was asked for here too, within its second
+    for query in GAUGES:
+        rows = stack.prometheus(f"{query}[15s]")
+        assert len(rows) == ALL_LAYERS, (query, rows)
+        for row in rows:
+            held = {float(value) for at_s, value in row["values"] if first <= at_s <= last}
+            said = told[query, int(row["metric"]["layer"])]
+            assert held, f"{query}: nothing was scraped under load"
+            assert held <= said, f"{query} of layer {row['metric']['layer']}: {held - said} were in no digest"
 
 
 def no_counter_went_back(stack: Stack) -> None:

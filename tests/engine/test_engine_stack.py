@@ -320,15 +320,17 @@ def test_the_tuner_answers_a_burst_and_says_why(stack: Stack) -> None:
         lambda: stack.prometheus('sum(moestack_tuner_decisions_total{loop="fast"})'), 15, "decisions in Prometheus"
     )
     assert float(rows[0]["value"][1]) >= 1
-    with paused(stack.pid("tuner")):
-        version = stack.newest() + 1
-        home = Knobs(deployment=stack.deployment, version=version, engine=EngineKnobs(max_active_seqs=2))
-        assert stack.send(home).status_code == 202
-        acknowledged(stack, version)
 
 
 def test_prometheus_shows_what_moectl_experts_shows(stack: Stack) -> None:
     checks.prometheus_holds_what_ranks_counted(stack)
+    with paused(stack.pid("tuner")):
+        checks.gauges_are_those_of_the_digests(stack)
+        # From here on requests may spill again.
+        version = stack.newest() + 1
+        home = Knobs(deployment=stack.deployment, version=version, engine=EngineKnobs(max_active_seqs=2))
+        assert stack.send(home).status_code == 202
+        acknowledged(stack, version)
 
 
 def test_without_prometheus_it_explores_nothing_and_says_so(stack: Stack) -> None:
