@@ -265,14 +265,18 @@ def test_a_hundred_changes_under_load(stack: Stack) -> None:
             until(lambda v=version: stack.digest()["knobsVersion"] == v, 5, "in force")
             time.sleep(2.5)
             first = stack.digest()
-            time.sleep(3)
+            states, ends = [], time.monotonic() + 3
+            while time.monotonic() < ends:
+                states.append(stack.digest()["engine"])
+                time.sleep(0.2)
             second = stack.digest()
             rerouted = sum(
                 b["reroutedTotal"] - a["reroutedTotal"] for a, b in zip(first["layers"], second["layers"], strict=True)
             )
-            assert second["engine"]["running"] <= active, second["engine"]
+            assert max(state["running"] for state in states) <= active, states
             if active == 2:
-                assert second["engine"]["waiting"] > 0
+                # In one second of a busy machine the clients may be what everything waits for.
+                assert max(state["waiting"] for state in states) > 0, states
                 assert rerouted > 0
             else:
                 assert rerouted == 0
