@@ -72,3 +72,26 @@ def test_heads_are_rotated_without_the_kernel_that_takes_rows() -> None:
     rows, heads = torch.zeros(5, 12), torch.zeros(5, 3, 4)
     assert Rotary().forward_cpu(None, rows, rows) == "kernel"
     assert Rotary().forward_cpu(None, heads, heads) == "torch"
+
+
+def test_the_installed_kernel_takes_heads_for_rows() -> None:
+    """What the mend is for. Once this fails, vLLM's kernel is right and the mend can go."""
+    ops = pytest.importorskip("vllm._custom_ops")
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    positions = torch.arange(1, 8)
+    angles = torch.outer(torch.arange(8.0), 10_000.0 ** -(torch.arange(32) / 32))
+    table = torch.cat((angles.cos(), angles.sin()), -1)
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(7, heads, 64, generator=generator) for heads in (4, 1))
+
+    def in_torch(positions: Any, query: Any, key: Any) -> Any:
+        return RotaryEmbedding.forward_static(positions, query, key, 64, 64, table, False)
+
+    want = in_torch(positions, query.clone(), key.clone())[0]
+    by_kernel = query.clone()
+    ops.rotary_embedding(positions, by_kernel, key.clone(), 64, table, False)
+    assert not torch.allclose(by_kernel, want, atol=0.1)
+    layer = SimpleNamespace(forward_native=in_torch)
+    mended = rotate_by_head(RotaryEmbedding.forward_cpu)(layer, positions, query.clone(), key.clone())[0]
+    assert torch.equal(mended, want)
