@@ -47,6 +47,9 @@ ROUTE = ("self", "hidden_states", "router_logits", "indices_type", "*", "input_i
 
 ENGINE: tuple[Need, ...] = (
     Parameters("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",), more=True),
+    Parameters(
+        "vllm.transformers_utils.model_arch_config_convertor:DbrxModelArchConfigConvertor.get_num_experts", ("self",)
+    ),
     Parameters("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", ("self", "request"), more=True),
     Attributes(
         "vllm.v1.core.sched.scheduler:Scheduler",

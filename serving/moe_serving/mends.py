@@ -29,6 +29,18 @@ def moved(name: str) -> str:
     return name.replace(".ffn.experts.mlp.", ".ffn.experts.routed_experts.mlp.")
 
 
+def count_dbrx_experts(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `DbrxModelArchConfigConvertor.get_num_experts`, which looks beside `ffn_config` and finds none.
+
+    Without it expert parallelism is refused: "Number of experts in the model must be greater than 0" (vLLM 0.32.0).
+    """
+
+    def get_num_experts(self: Any) -> int:
+        return original(self) or int(self.hf_text_config.ffn_config.moe_num_experts)
+
+    return get_num_experts
+
+
 def load_own_dbrx_experts(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `DbrxExperts.weight_loader`, which gives each rank a slice of every expert, also where ranks share experts
     and each has its own experts whole. Without it expert parallelism ends in a shape error (vLLM 0.32.0, any device).

@@ -39,14 +39,16 @@ def register() -> None:
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.transformers_utils.model_arch_config_convertor import DbrxModelArchConfigConvertor
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    from moe_serving import engine_core, hooks, tiers
+    from moe_serving import engine_core, hooks, mends, tiers
 
     hooks.check(hooks.ENGINE + (hooks.ENGINE_CPU if current_platform.is_cpu() else ()), vllm.__version__)
     wrap_once(EngineArgs, "create_engine_config", _with_worker_extension)
+    wrap_once(DbrxModelArchConfigConvertor, "get_num_experts", mends.count_dbrx_experts)
     if current_platform.is_cpu():
         wrap_once(SpinCondition, "__init__", _spin_briefly)
         wrap_once(SpinCondition, "wait", _recheck_often)

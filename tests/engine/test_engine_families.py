@@ -8,6 +8,7 @@ MoEServer on two ranks; every test reads what its runs left.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -48,9 +49,11 @@ ROUNDING = 1e-3
 """How far a log probability in float32 may lie from that of one rank. Two ranks add the halves of each row-parallel
 product, and what their experts make of a token, in another order than one rank does: the last of 24 bits differ, and
 grow from layer to layer. Nothing else may."""
-COARSE = 0.25
-"""The same for nine of ten log probabilities in bfloat16: with 8 bits a router's choice may turn on the rounding, and
-what follows such a token is another text."""
+COARSE_ROUTER, COARSE = 0.0625, 0.75
+"""In bfloat16, with 8 bits: how far logits of the first layer's router may lie apart, where nothing has grown yet; and
+nine of ten log probabilities. A few tokens in a hundred take another expert there, and what follows them differs."""
+WITH_RAY = importlib.util.find_spec("ray") is not None
+"""MoEServer is a class of Ray Serve's: an environment that only tries another vLLM has none."""
 GAMMAS = ("1", "1.25", "2")
 ALL_S = 540
 """Longest time of all families that are asked for."""
@@ -98,7 +101,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     stock = {"dbrx": str(as_stock_finds_it(sources["dbrx"], folder / "stock"))} if "dbrx" in asked else {}
     job = {
         "families": {family: str(source) for family, source in sources.items()},
-        "runs": {family: list(RUNS) for family in sources},
+        "runs": {family: [name for name, run in RUNS.items() if WITH_RAY or not run.served] for family in sources},
         "stock": stock,
         "out": str(folder / "out"),
     }
@@ -160,6 +163,8 @@ def test_two_expert_parallel_ranks_are_one(family: str, results: Results) -> Non
     every_layer_is_hooked(two, known)
     free, *held, lifted = two["phases"]
     if family in DTYPE:
+        first, other = (found["phases"][0]["records"][0][0] for found in (one, two))
+        assert torch.allclose(first["logits"], other["logits"], atol=COARSE_ROUTER, rtol=0)
         assert quantile(distances(one["phases"][0], free), 0.9) < COARSE
     else:
         assert one["phases"][0]["tokens"] == free["tokens"]
@@ -199,6 +204,7 @@ def test_recorded_batches_are_decided_alike_by_one_rank_and_by_two(family: str, 
             sharing.agree_with_one(shapes, batches, capped)
 
 
+@pytest.mark.skipif(not WITH_RAY, reason="ray is not installed")
 @every_family
 def test_a_family_behind_moeserver(family: str, results: Results) -> None:
     """Its OpenAI application generates on two ranks; load reaches the board; signed knobs reach every rank."""

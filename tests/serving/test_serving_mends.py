@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_serving.mends import load_own_dbrx_experts, rotate_by_head
+from moe_serving.mends import count_dbrx_experts, load_own_dbrx_experts, rotate_by_head
 
 torch = pytest.importorskip("torch")
 
@@ -95,3 +95,9 @@ def test_the_installed_kernel_takes_heads_for_rows() -> None:
     layer = SimpleNamespace(forward_native=in_torch)
     mended = rotate_by_head(RotaryEmbedding.forward_cpu)(layer, positions, query.clone(), key.clone())[0]
     assert torch.equal(mended, want)
+
+
+@pytest.mark.parametrize(("found", "experts"), [(0, 16), (8, 8)], ids=["beside its config", "a vLLM that finds them"])
+def test_dbrx_has_experts(found: int, experts: int) -> None:
+    config = SimpleNamespace(hf_text_config=SimpleNamespace(ffn_config=SimpleNamespace(moe_num_experts=16)))
+    assert count_dbrx_experts(lambda _: found)(config) == experts
