@@ -114,9 +114,9 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A GPU. `memory_bytes` is all that the driver reports. Peaks are None where no source was found.
+    """A GPU or its like. `memory_bytes` is all that the driver reports. Peaks are None where no source was found.
 
-    `flops` is dense arithmetic a second by bytes of an operand: 2 (BF16, FP16) or 1 (FP8).
+    `flops` is dense arithmetic a second by bytes of an operand: 2 (BF16, FP16), 1 (FP8, INT8) or 0.5 (FP4).
     """
 
     name: str
@@ -124,7 +124,13 @@ class Accelerator:
     gpus_per_node: int
     figures: Mapping[str, Figure] = field(repr=False, compare=False)
     bandwidth_bytes_s: float | None = None
-    flops: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)
+    flops: Mapping[float, float] = field(default_factory=dict, repr=False, compare=False)
+    nvlink_bytes_s: float | None = None  # or xGMI, or a TPU's links: one GPU, one direction; so the next two
+    pcie_bytes_s: float | None = None
+    nic_bytes_s: float | None = None
+    rent_usd_per_hour: float | None = None  # one GPU, on demand
+    domain_gpus: int = 8  # GPUs that NVLink or its like joins
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,11 +177,12 @@ class Catalog:
     accelerators: Mapping[str, Accelerator]
     precisions: Mapping[str, Precision]
     engine: EngineFacts
-    names: Mapping[str, str] = field(repr=False)  # last part of a repository's name, lower case → key
+    names: Mapping[str, str] = field(repr=False)  # last part of a repository's name, or an alias, lower case → key
 
     def model(self, repository: str) -> tuple[ModelFacts, Precision] | None:
         """The model of a repository, and the form of weights that its name says. None: not in the catalog."""
-        name = repository.rstrip("/").rpartition("/")[2].lower()
+        whole = repository.rstrip("/").lower()
+        name = whole if whole in self.names else whole.rpartition("/")[2]
         if name in self.names:
             found = self.models[self.names[name]]
             return found, self.precisions[found.native]
@@ -185,6 +192,20 @@ class Catalog:
             if base != name and base in self.names:
                 return self.models[self.names[base]], precision
         return None
+
+    def accelerator_named(self, text: str) -> Accelerator | None:
+        """The accelerator that others call `text`, with or without words after it: "H100-80GB + IB". None: unknown."""
+        wanted = text.strip().lower()
+        if wanted in self.accelerators:
+            return self.accelerators[wanted]
+        best: tuple[int, Accelerator] | None = None
+        for accelerator in self.accelerators.values():
+            for alias in accelerator.aliases:
+                name = alias.lower()
+                whole = wanted == name or wanted.startswith((f"{name} ", f"{name}(", f"{name},", f"{name}+"))
+                if whole and (best is None or len(name) > best[0]):
+                    best = len(name), accelerator
+        return None if best is None else best[1]
 
     def precision_of(self, quantization: str) -> Precision | None:
         """The form of weights that spec.model.quantization names; None where it leaves it to the checkpoint."""
@@ -212,7 +233,7 @@ def parse(texts: Mapping[str, str]) -> Catalog:
     models = {key: _model(key, entries, precisions) for key in entries}
     names: dict[str, str] = {}
     for key, entry in entries.items():
-        for name in entry["names"]:
+        for name in [*entry["names"], *entry.get("aliases", ())]:
             if names.setdefault(name.lower(), key) != key:
                 raise CatalogInvalid(f"models.toml: {key}.names", f"{name} is a name of {names[name.lower()]} already")
     digest = hashlib.sha256("\0".join(texts[name] for name in FILES).encode()).hexdigest()[:8]
@@ -235,7 +256,8 @@ def _source(where: str, entry: Mapping[str, Any]) -> tuple[str, str | None]:
     return source, date
 
 
-def _figures(where: str, entry: Mapping[str, Any]) -> dict[str, Figure]:
+def figures_of(where: str, entry: Mapping[str, Any]) -> dict[str, Figure]:
+    """The figures of a group, which share its source and day. Raises CatalogInvalid."""
     source, date = _source(where, entry)
     return {name: Figure(value, source, date) for name, value in entry.items() if name not in ("source", "date")}
 
@@ -244,7 +266,7 @@ def _model_figures(key: str, entries: Mapping[str, Any]) -> dict[str, Figure]:
     entry, where = entries[key], f"models.toml: {key}"
     known: dict[str, Figure] = {}
     for group in entry.get("from", []):
-        for name, figure in _figures(where, group).items():
+        for name, figure in figures_of(where, group).items():
             if name in known:
                 raise CatalogInvalid(f"{where}.{name}", "is given twice: keep the better source")
             known[name] = figure
@@ -282,24 +304,46 @@ def _model(key: str, entries: Mapping[str, Any], precisions: Mapping[str, Precis
     return ModelFacts(key=key, figures=figures, **values)
 
 
+SPEEDS = {
+    "bandwidth_gb_s": "bandwidth_bytes_s",
+    "nvlink_gb_s": "nvlink_bytes_s",
+    "pcie_gb_s": "pcie_bytes_s",
+    "nic_gb_s": "nic_bytes_s",
+}
+FLOPS = {"tflops_16bit": 2.0, "tflops_8bit": 1.0, "tflops_4bit": 0.5}
+ACCELERATOR_FIGURES = ("memory_mib", "memory_gb", "gpus_per_node", "domain_gpus", "rent_usd_per_hour", *SPEEDS, *FLOPS)
+
+
 def _accelerator(name: str, entry: Mapping[str, Any]) -> Accelerator:
+    where = f"accelerators.toml: {name}"
     figures: dict[str, Figure] = {}
     for part, group in entry.items():
-        figures.update(_figures(f"accelerators.toml: {name}.{part}", group))
-    if "memory_mib" in figures:
-        memory = figures["memory_mib"].value * MIB
-    elif "memory_gb" in figures:
-        memory = figures["memory_gb"].value * GB
+        if part != "aliases":
+            figures.update(figures_of(f"{where}.{part}", group))
+    for figure, known in figures.items():
+        if figure not in ACCELERATOR_FIGURES:
+            raise CatalogInvalid(f"{where}.{figure}", f"is not known: one of {', '.join(ACCELERATOR_FIGURES)}")
+        if not isinstance(known.value, int | float) or known.value <= 0:
+            raise CatalogInvalid(f"{where}.{figure}", "must be above zero")
+    values = {figure: known.value for figure, known in figures.items()}
+    if "memory_mib" in values:
+        memory = values["memory_mib"] * MIB
+    elif "memory_gb" in values:
+        memory = values["memory_gb"] * GB
     else:
-        raise CatalogInvalid(f"accelerators.toml: {name}", "has neither memory_mib nor memory_gb: add one")
-    if memory <= 0:
-        raise CatalogInvalid(f"accelerators.toml: {name}.memory", "must be above zero")
-    per_node = figures["gpus_per_node"].value if "gpus_per_node" in figures else 8
-    bandwidth = figures["bandwidth_gb_s"].value * GB if "bandwidth_gb_s" in figures else None
-    flops = {
-        size: figures[key].value * 1e12 for size, key in ((2, "tflops_16bit"), (1, "tflops_8bit")) if key in figures
-    }
-    return Accelerator(name, int(memory), per_node, figures, bandwidth, flops)
+        raise CatalogInvalid(where, "has neither memory_mib nor memory_gb: add one")
+    per_node = int(values.get("gpus_per_node", 8))
+    return Accelerator(
+        name,
+        int(memory),
+        per_node,
+        figures,
+        flops={size: values[key] * 1e12 for key, size in FLOPS.items() if key in values},
+        rent_usd_per_hour=values.get("rent_usd_per_hour"),
+        domain_gpus=int(values.get("domain_gpus", per_node)),
+        aliases=tuple(entry.get("aliases", ())),
+        **{field_name: values[key] * GB for key, field_name in SPEEDS.items() if key in values},
+    )
 
 
 def _precision(name: str, entry: Mapping[str, Any]) -> Precision:
@@ -321,7 +365,7 @@ def _precision(name: str, entry: Mapping[str, Any]) -> Precision:
 
 
 def _engine(memory: Mapping[str, Any]) -> EngineFacts:
-    figures = {name: _figures(f"engine.toml: memory.{name}", entry)["value"] for name, entry in memory.items()}
+    figures = {name: figures_of(f"engine.toml: memory.{name}", entry)["value"] for name, entry in memory.items()}
     wanted = [item.name for item in fields(EngineFacts) if item.name != "figures"]
     for name in wanted:
         if name not in figures:
