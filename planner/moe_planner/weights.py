@@ -143,7 +143,7 @@ def gpu_bytes(model: ModelFacts, precision: Precision, layout: Layout) -> float:
     stage = ceil(model.layers / layout.pipeline) / model.layers
     held = 0.0
     for part in parts(model):
-        share = 1.0 / _ways(part, model, layout)
+        share = 1.0 / ways(part, model, layout)
         if part.layered:
             share *= stage
         elif part.name == "head" and layout.pipeline > 1:
@@ -161,7 +161,7 @@ def redundant_bytes(model: ModelFacts, precision: Precision, layout: Layout, red
     return one * stage * ceil(redundant / layout.expert)
 
 
-def _ways(part: Part, model: ModelFacts, layout: Layout) -> int:
+def ways(part: Part, model: ModelFacts, layout: Layout) -> int:
     match part.cut:
         case "expert":
             # Without expert parallelism every expert is sliced over the same ranks.

@@ -1,0 +1,130 @@
+"""How far engines stay below the hardware's peaks: a few bounded factors, fitted to published runs, with their error."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from moe_planner.roofline import Rates
+
+FILE = "calibration.toml"
+DEFAULT_ENGINE = "vllm"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where a factor must lie to be physical, and where fitting starts."""
+
+    low: float
+    start: float
+    high: float
+
+
+BOUNDS: Mapping[str, Bounds] = {
+    "bandwidth": Bounds(0.3, 0.7, 0.95),
+    "gemm_16": Bounds(0.15, 0.6, 0.9),
+    "gemm_8": Bounds(0.1, 0.5, 0.9),
+    "gemm_4": Bounds(0.05, 0.35, 0.9),
+    "core": Bounds(0.1, 0.4, 0.9),
+    "link": Bounds(0.1, 0.5, 0.9),
+    "layer_s": Bounds(1e-6, 30e-6, 300e-6),
+    "step_s": Bounds(1e-4, 2e-3, 20e-3),
+    "sequence_s": Bounds(1e-7, 1e-5, 1e-4),
+    "call_s": Bounds(2e-6, 15e-6, 100e-6),
+}
+"""Shares of peaks (bandwidth; GEMM by bytes of an operand; attention; links), and seconds: a layer's launches, a step,
+a sequence in it, a collective."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Efficiencies and overheads. `software`: time of an engine over the reference's; `error`: half-width of ln(speed)."""
+
+    bandwidth: float
+    gemm_16: float
+    gemm_8: float
+    gemm_4: float
+    core: float
+    link: float
+    layer_s: float
+    step_s: float
+    sequence_s: float
+    call_s: float
+    software: float = 1.0
+    error: float = 0.0
+    engines: Mapping[str, float] = field(default_factory=dict)
+
+    def of_engine(self, name: str) -> Factors:
+        """The factors with that engine's software factor in force; an engine that is not known has the reference's."""
+        return replace(self, software=self.engines.get(name.lower(), 1.0))
+
+    def rates(self, bandwidth: Any, link: Any, linear: Any, head: Any, experts: Any, core: Any) -> Rates:
+        """What is attained of the peaks; the last four are pairs (operations a second, bytes of an operand)."""
+        slow = self.software
+        return Rates(
+            bandwidth=bandwidth * self.bandwidth / slow,
+            linear_flops=linear[0] * self.gemm(linear[1]) / slow,
+            expert_flops=experts[0] * self.gemm(experts[1]) / slow,
+            head_flops=head[0] * self.gemm(head[1]) / slow,
+            core_flops=core[0] * self.core / slow,
+            link=link * self.link / slow,
+            layer_s=self.layer_s * slow,
+            step_s=self.step_s * slow,
+            sequence_s=self.sequence_s * slow,
+            call_s=self.call_s * slow,
+        )
+
+    def gemm(self, width: float) -> float:
+        """Share of peak by bytes of an operand."""
+        return {2.0: self.gemm_16, 1.0: self.gemm_8}.get(width, self.gemm_4)
+
+
+START = Factors(**{name: bound.start for name, bound in BOUNDS.items()})
+"""Before anything is fitted."""
+
+
+@cache
+def packaged() -> Factors:
+    """The factors that come with this version, for the engine that is deployed."""
+    text = (resources.files("moe_planner") / "data" / FILE).read_text(encoding="utf-8")
+    return parse(text).of_engine(DEFAULT_ENGINE)
+
+
+def parse(text: str) -> Factors:
+    """Factors from the text of a calibration file. Raises ValueError where one is missing or out of bounds."""
+    document = tomllib.loads(text)
+    values = document.get("factors", {})
+    for name, bound in BOUNDS.items():
+        if name not in values:
+            raise ValueError(f"{FILE}: factors.{name} is missing: fit again with `python -m benchmarks.planner --fit`")
+        if not bound.low <= values[name] <= bound.high:
+            raise ValueError(f"{FILE}: factors.{name} = {values[name]} must lie in {bound.low} to {bound.high}")
+    return Factors(
+        **{name: float(values[name]) for name in BOUNDS},
+        error=float(document["held_out"]["error"]),
+        engines={name: float(value) for name, value in document.get("engines", {}).items()},
+    )
+
+
+def recalibrate(factors: Factors, measured: Mapping[float, float]) -> Factors:
+    """Factors that agree with live measurements: `measured` maps predicted to measured output tokens/s.
+
+    The ratio's geometric mean moves the software factor, drawn towards 1 by as much as one measurement weighs against
+    the calibration's own error; the interval narrows as measurements agree. Pure.
+    """
+    logs = [math.log(seen / told) for told, seen in measured.items() if seen > 0 and told > 0]
+    if not logs:
+        return factors
+    count = len(logs)
+    mean = sum(logs) / count
+    spread = math.sqrt(sum((value - mean) ** 2 for value in logs) / count)
+    noise = max(spread, 0.05)  # of one measurement, where too few tell it
+    prior = max(factors.error, 1e-6)
+    weight = prior**2 / (prior**2 + noise**2 / count)
+    left = math.sqrt(1.0 / (1.0 / prior**2 + count / noise**2))
+    return replace(factors, software=factors.software * math.exp(-weight * mean), error=min(prior, left + spread))
