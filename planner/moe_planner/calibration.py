@@ -1,4 +1,4 @@
-"""How far engines stay below the hardware's peaks: a few bounded factors, fitted to published runs, with their error."""
+"""How far engines stay below the hardware's peaks: few bounded factors, fitted to published runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ a sequence in it, a collective."""
 
 @dataclass(frozen=True)
 class Factors:
-    """Efficiencies and overheads. `software`: time of an engine over the reference's; `error`: half-width of ln(speed)."""
+    """Efficiencies and overheads. `software`: an engine's time over the reference's; `error`: half-width of ln(speed)."""
 
     bandwidth: float
     gemm_16: float
@@ -84,7 +84,13 @@ class Factors:
         return {2.0: self.gemm_16, 1.0: self.gemm_8}.get(width, self.gemm_4)
 
 
-START = Factors(**{name: bound.start for name, bound in BOUNDS.items()})
+def of_values(values: Mapping[str, float], error: float = 0.0, engines: Mapping[str, float] | None = None) -> Factors:
+    """Factors from their names in BOUNDS."""
+    given: dict[str, Any] = {name: float(values[name]) for name in BOUNDS}
+    return Factors(**given, error=error, engines=engines or {})
+
+
+START = of_values({name: bound.start for name, bound in BOUNDS.items()})
 """Before anything is fitted."""
 
 
@@ -104,11 +110,8 @@ def parse(text: str) -> Factors:
             raise ValueError(f"{FILE}: factors.{name} is missing: fit again with `python -m benchmarks.planner --fit`")
         if not bound.low <= values[name] <= bound.high:
             raise ValueError(f"{FILE}: factors.{name} = {values[name]} must lie in {bound.low} to {bound.high}")
-    return Factors(
-        **{name: float(values[name]) for name in BOUNDS},
-        error=float(document["held_out"]["error"]),
-        engines={name: float(value) for name, value in document.get("engines", {}).items()},
-    )
+    engines = {name: float(value) for name, value in document.get("engines", {}).items()}
+    return of_values(values, float(document["held_out"]["error"]), engines)
 
 
 def recalibrate(factors: Factors, measured: Mapping[float, float]) -> Factors:

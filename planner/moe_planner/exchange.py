@@ -70,8 +70,8 @@ def traffic(model: ModelFacts, layout: Layout) -> Traffic:
     """Bytes and calls of a layout.
 
     Tensor ranks: a ring all-reduce sends 2·(t − 1)/t of the hidden state, after attention and after the experts. Data
-    ranks: with expert parallelism each token goes once to every rank that has one of its experts and comes back; without,
-    tokens are gathered by all ranks, and sums scattered back.
+    ranks: with expert parallelism each token goes once to every rank that has one of its experts and comes back;
+    without, tokens are gathered by all ranks, and sums scattered back.
     """
     t, d = layout.tensor, layout.data
     layers = math.ceil(model.layers / layout.pipeline)

@@ -1,4 +1,4 @@
-"""Work of a forward pass on the busiest GPU, and the seconds that it takes there: arithmetic alone, on numbers or arrays.
+"""Work of a forward pass on the busiest GPU, and the seconds it takes there: arithmetic alone, on numbers or arrays.
 
 Every part of a pass takes the longer of its reading (bytes over bandwidth) and its computing (operations over peak):
 the roofline. Parts follow each other, so their seconds add up.
@@ -62,7 +62,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the GPU attains, a second: peaks times efficiencies. `layer_s`, `step_s`, `sequence_s`, `call_s`: overheads."""
+    """What the GPU attains, a second: peaks times efficiencies; and overheads in seconds."""
 
     bandwidth: Number
     linear_flops: Number
@@ -118,7 +118,9 @@ def _per_entry(model: ModelFacts, group: KvGroup, decode: bool) -> float:
 
 
 @lru_cache(maxsize=8192)
-def _weights(model: ModelFacts, precision: Precision, layout: Layout) -> tuple[float, float, float, float, float, float]:
+def _weights(
+    model: ModelFacts, precision: Precision, layout: Layout
+) -> tuple[float, float, float, float, float, float]:
     """Bytes and operations per token on a GPU: (linear, head, experts) × (bytes, operations)."""
     stage = math.ceil(model.layers / layout.pipeline) / model.layers
     linear_bytes = linear_flops = head_bytes = head_flops = expert_bytes = expert_flops = 0.0
@@ -142,7 +144,14 @@ def _weights(model: ModelFacts, precision: Precision, layout: Layout) -> tuple[f
 
 
 def work(
-    model: ModelFacts, precision: Precision, layout: Layout, *, fp8_cache: bool, context: float, prompt: float, new: float
+    model: ModelFacts,
+    precision: Precision,
+    layout: Layout,
+    *,
+    fp8_cache: bool,
+    context: float,
+    prompt: float,
+    new: float,
 ) -> Work:
     """Work of a layout: decode at a mean `context`, and a prompt of `prompt` tokens of which `new` are computed."""
     linear_bytes, linear_flops, head_bytes, head_flops, expert_bytes, expert_flops = _weights(model, precision, layout)
@@ -277,8 +286,8 @@ def cycle(
 def operand_bytes(precision: Precision, form: str, accelerator: Accelerator) -> float:
     """Bytes of an operand as the GEMM takes it: the widths of its weights and activations, where the GPU has them.
 
-    Formats that quantise weights alone (AWQ, GPTQ, NF4) compute in 16 bits. MXFP4 weights meet FP8 activations where the
-    GPU has FP4 units, and 16 bits elsewhere.
+    Formats that quantise weights alone (AWQ, GPTQ, NF4) compute in 16 bits. MXFP4 weights meet FP8 activations where
+    the GPU has FP4 units, and 16 bits elsewhere.
     """
     if form == "experts":
         fp4 = 0.5 in accelerator.flops

@@ -10,7 +10,7 @@ from moe_planner import calibration, exchange, memory, roofline
 from moe_planner.calibration import Factors
 from moe_planner.catalog import Accelerator, Catalog, Precision
 from moe_planner.memory import Ask
-from moe_planner.roofline import Cycle, Rates, Routing, Work
+from moe_planner.roofline import Cycle, Rates, Work
 from moe_planner.weights import Layout
 
 
@@ -74,8 +74,8 @@ def predict(ask: Ask, layout: Layout, load: Load, catalog: Catalog, factors: Fac
     most = sequences(ask, layout, cache, load) * layout.data
     if most < 1.0:
         raise SpeedUnknown(
-            f"{ask.model.key} in {ask.precision.name} on {layout.gpus} × {ask.accelerator.name} ({layout}): no room for a"
-            f" sequence of {load.input_tokens + load.output_tokens:,.0f} tokens: take more GPUs or a smaller form"
+            f"{ask.model.key} in {ask.precision.name} on {layout.gpus} × {ask.accelerator.name} ({layout}): no room"
+            f" for a sequence of {load.input_tokens + load.output_tokens:,.0f} tokens: take more GPUs or a smaller form"
         )
     running = min(float(load.concurrency), most)
     route = roofline.routing(ask.model, layout, load.skew, load.gamma)
