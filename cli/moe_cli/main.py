@@ -221,6 +221,30 @@ def diff(
 
 
 @app.command()
+def simulate(
+    file: Annotated[
+        Path | None, typer.Argument(help="Scenarios (JSON, docs/simulator.md).", show_default="packaged examples")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Only this one; again for more.", show_default="all")
+    ] = None,
+    traces: Annotated[
+        Path | None, typer.Option(help="Folder of the traces that scenarios name.", show_default="that of the file")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Multiply the rate of requests.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the file's.", show_default="the file's")] = None,
+    policy: Annotated[str, typer.Option(help="production (the gateway's own) or local (never spill).")] = "production",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Try traffic, outages and expert drift on simulated replicas and closed APIs, with the gateway's own policy."""
+    from moe_cli.simulate import SimulateOptions
+    from moe_cli.simulate import run as play
+
+    options = SimulateOptions(file, tuple(scenario or ()), traces, scale, seed, policy, as_json)
+    _end(play(options, Say()))
+
+
+@app.command()
 def crd(
     write: Annotated[Path | None, typer.Option(help="Write it there.")] = None,
     check: Annotated[Path | None, typer.Option(help="Fail where that file is not what the types give.")] = None,
