@@ -18,7 +18,7 @@ T = TypeVar("T")
 PACKAGED = Path(__file__).with_name("scenarios.json")
 """Made-up workloads of a plausible size, so that the command shows something before a file is written."""
 BATCHED_TOKENS = 512
-"""Token budget of a step where a pool names none (`max_batched_tokens`): small, so that prompts hold up decodes little."""
+"""Token budget of a step where a pool names no `max_batched_tokens`: small, so that prompts hold up decodes little."""
 
 
 class ScenarioInvalid(ValueError):
@@ -101,7 +101,7 @@ def _world(document: Mapping[str, Any], entry: Mapping[str, Any], where: str) ->
             engine=_named(at, lambda: _engine(pool, at)),
             slo=Slo(_number(slo, "ttft_deadline_ms", "slo") / 1e3, _number(slo, "itl_p95_ms", "slo") / 1e3),
             replicas=int(_number(entry, "replicas", where, default=1)),
-            apis=tuple(_named(f"apis.{n}", lambda n=n: _api(_mapping(apis, n, "apis"), n)) for n in chosen),
+            apis=tuple(_api(_mapping(apis, name, "apis"), name) for name in chosen),
             experts=_named(at, lambda: _experts(pool, entry, at, where)),
             outages=outages,
             usd_per_hour=_number(pool, "usd_per_hour", at, default=0.0),
@@ -147,7 +147,7 @@ def _experts(pool: Mapping[str, Any], entry: Mapping[str, Any], at: str, where: 
 def _api(given: Mapping[str, Any], name: str) -> Api:
     at = f"apis.{name}"
     ttft = _mapping(given, "ttft_ms_lognormal", at)
-    return Api(
+    return Api(  # names itself where a figure cannot be
         name=name,
         ttft_median_s=_number(ttft, "median", f"{at}.ttft_ms_lognormal") / 1e3,
         ttft_p95_s=_number(ttft, "p95", f"{at}.ttft_ms_lognormal") / 1e3,

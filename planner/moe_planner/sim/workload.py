@@ -48,7 +48,7 @@ class Workload:
     @classmethod
     def of(cls, rows: list[tuple[float, int, int]]) -> Workload:
         """From (seconds, input tokens, output tokens), in any order."""
-        rows = sorted(rows)
+        rows = sorted(rows, key=lambda row: row[0])
         return cls(
             np.array([row[0] for row in rows], dtype=np.float64),
             np.array([row[1] for row in rows], dtype=np.int64),
