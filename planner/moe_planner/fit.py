@@ -40,7 +40,8 @@ def check(spec: MoEDeploymentSpec, catalog: Catalog | None = None) -> FitVerdict
     return replace(verdict, message=verdict.message[: MAX_MESSAGE - 1] + "…")
 
 
-def _check(spec: MoEDeploymentSpec, catalog: Catalog) -> FitVerdict:
+def asked(spec: MoEDeploymentSpec, catalog: Catalog) -> Ask | FitVerdict:
+    """What a spec asks to be placed, or the verdict where the catalog cannot tell or there is nothing to place."""
     hardware = spec.hardware
     if spec.engine.kind is EngineKind.EXTERNAL or hardware is None:
         return FitVerdict(True, "ExternalEngine", "The engine runs elsewhere: no GPU is taken here.")
@@ -57,15 +58,22 @@ def _check(spec: MoEDeploymentSpec, catalog: Catalog) -> FitVerdict:
             " checked: leave spec.model.quantization at Auto, or name a checkpoint whose name says its form.",
             _bare_plan(spec.parallelism, hardware, catalog, model),
         )
-    asked = spec.engine.max_model_len
-    if asked is not None and asked > model.max_context:
+    longest = spec.engine.max_model_len
+    if longest is not None and longest > model.max_context:
         return FitVerdict(
             False,
             "ContextTooLong",
-            f"spec.engine.maxModelLen: {asked} tokens, but {model.key} has {model.max_context}: set at most that.",
+            f"spec.engine.maxModelLen: {longest} tokens, but {model.key} has {model.max_context}: set at most that.",
         )
-    ask = _ask(spec, hardware, catalog, model, precision)
-    found = choose(spec, ask, catalog.engine, hardware.gpus_per_replica)
+    return _ask(spec, hardware, catalog, model, precision)
+
+
+def _check(spec: MoEDeploymentSpec, catalog: Catalog) -> FitVerdict:
+    ask = asked(spec, catalog)
+    if isinstance(ask, FitVerdict):
+        return ask
+    gpus = spec.hardware.gpus_per_replica if spec.hardware is not None else 1
+    found = choose(spec, ask, catalog.engine, gpus)
     if isinstance(found, Impossible):
         return FitVerdict(False, "ParallelismImpossible", f"{found.why}.")
     if found.missing > 0:

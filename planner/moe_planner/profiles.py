@@ -17,9 +17,9 @@ from moe_planner.breakeven import BreakEven, Own, Tariffed, break_even, implied_
 from moe_planner.cost import HOURS_PER_MONTH, MILLION, Tariff, Workload
 
 GPT = Tariffed("gpt-5.5", 5.0, 30.0, 0.5)
-OPUS = Tariffed("claude-opus-4-7", 5.0, 25.0, 0.5)
-OPEN_MODEL = Tariffed("deepseek-v4-pro", 1.74, 3.48)
-"""The prices that the articles state; those of the catalog may be newer."""
+OPUS = Tariffed("claude-opus-4.7", 5.0, 25.0, 0.5)
+OPEN_MODEL = Tariffed("deepseek-v4-pro-2026-05", 1.74, 3.48)
+"""The prices that the articles state, under the names that the catalog has them by."""
 ARTICLE_RENTS = (2.0, 3.0)
 """USD per H100-hour, the articles' range."""
 RENT = 2.25

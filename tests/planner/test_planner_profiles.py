@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from moe_planner.breakeven import break_even, output_share
+from moe_planner.breakeven import Tariffed, break_even, output_share
+from moe_planner.prices import packaged
 from moe_planner.profiles import (
     ARTICLE_RENTS,
     CHAT,
     COMPLETION,
     GPT,
     OPEN_MODEL,
+    OPUS,
     STATED_CHAT,
     STATED_COMPLETION,
     assumptions,
@@ -25,6 +27,13 @@ def test_stated_break_evens_are_met_within_three_per_cent() -> None:
     assert {row.stated.name for row in rows} >= {STATED_CHAT.name, STATED_COMPLETION.name}
     assert [row.stated.name for row in rows if abs(row.error) > 0.03] == []
     assert all(ARTICLE_RENTS[0] <= row.found.own.usd_per_gpu_hour <= ARTICLE_RENTS[1] for row in rows)
+
+
+@pytest.mark.parametrize("stated", [GPT, OPUS, OPEN_MODEL], ids=lambda tariff: tariff.name)
+def test_the_articles_prices_are_in_the_catalog(stated: Tariffed) -> None:
+    listed = packaged()[stated.name]
+    assert (listed.input_usd_per_m, listed.output_usd_per_m) == (stated.input_usd_per_m, stated.output_usd_per_m)
+    assert stated.cached_usd_per_m in (None, listed.cached_usd_per_m)
 
 
 def test_what_the_stated_figures_imply() -> None:
