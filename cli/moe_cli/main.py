@@ -1,4 +1,4 @@
-"""moectl: serve a MoEDeployment on this machine, look at it, load it, check and compare files.
+"""moectl: serve a MoEDeployment on this machine, look at it, load it, plan, check and compare files.
 
 Exit codes: 0 ok, 1 a diff with changes, 2 bad input, 3 could not start, 4 a part crashed, 130 interrupted.
 """
@@ -242,6 +242,90 @@ def simulate(
 
     options = SimulateOptions(file, tuple(scenario or ()), traces, scale, seed, policy, as_json)
     _end(play(options, Say()))
+
+
+@app.command()
+def plan(
+    file: Annotated[Path | None, typer.Argument(help="MoEDeployment (YAML).", show_default="the options")] = None,
+    model: Annotated[str | None, typer.Option(help="Repository of the model, instead of a file.")] = None,
+    accelerator: Annotated[
+        list[str] | None, typer.Option(help="Accelerator; several may be named.", show_default="the file's, or all")
+    ] = None,
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=1024, help="GPUs of one replica.", show_default="the file's, or 1 to 16"),
+    ] = None,
+    input_tokens: Annotated[
+        float | None, typer.Option(help="Mean prompt.", show_default="the trace's, or 2000")
+    ] = None,
+    output_tokens: Annotated[
+        float | None, typer.Option(help="Mean answer.", show_default="the trace's, or 200")
+    ] = None,
+    cached_share: Annotated[float, typer.Option(help="Share of the prompt read from the prefix cache.")] = 0.0,
+    skew: Annotated[float, typer.Option(help="Zipf exponent of expert popularity; 0: even.")] = 0.0,
+    capacity: Annotated[
+        bool, typer.Option("--capacity", help="Try capacity factors too, where load is skewed: they cost quality.")
+    ] = False,
+    rps: Annotated[float | None, typer.Option(help="Mean requests a second to serve.")] = None,
+    tokens_per_month: Annotated[float | None, typer.Option(help="Input and output to serve a month.")] = None,
+    ttft_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="TTFT to keep.", show_default="the file's, or 2000")
+    ] = None,
+    itl_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="ITL to keep.", show_default="the file's, or 100")
+    ] = None,
+    api: Annotated[
+        list[str] | None,
+        typer.Option(help="API to compare with.", show_default="the file's targets, or the usual ones"),
+    ] = None,
+    rent: Annotated[float | None, typer.Option(help="USD per GPU-hour.", show_default="the catalog's")] = None,
+    utilisation: Annotated[float, typer.Option(help="Mean load that GPUs may have, of their capacity.")] = 1.0,
+    accuracy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Accuracy that you measured, for the radar.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Why this one, and what each other lacks.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write a report: FILE.html or FILE.svg.")
+    ] = None,
+    profiles: Annotated[bool, typer.Option("--profiles", help="Profiles A to D, and nothing else.")] = False,
+) -> None:
+    """What fits, how fast, at what cost, and from what volume it beats an API. Starts nothing, asks nobody."""
+    from moe_cli.plan import PlanOptions
+    from moe_cli.plan import run as answer
+
+    if profiles:
+        from moe_cli.plan_text import profile_lines
+
+        say = Say()
+        for line in profile_lines():
+            say.line(line)
+        return
+    options = PlanOptions(
+        file=file,
+        model=model,
+        accelerators=tuple(accelerator or ()),
+        gpus=tuple(gpus or ()),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        cached_share=cached_share,
+        skew=skew,
+        capacity=capacity,
+        rps=rps,
+        tokens_per_month=tokens_per_month,
+        ttft_ms=ttft_ms,
+        itl_ms=itl_ms,
+        apis=tuple(api or ()),
+        rent=rent,
+        utilisation=utilisation,
+        accuracy=accuracy,
+        trace=trace,
+        explain=explain,
+        as_json=as_json,
+        output=output,
+    )
+    _end(answer(options, Say()))
 
 
 @app.command()

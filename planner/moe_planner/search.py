@@ -29,7 +29,7 @@ LADDER = tuple(4**n for n in range(7))
 MOST_SEQS = 1024
 """Sequences of one data rank: vLLM's own ceiling on large GPUs (0.32, vllm/engine/arg_utils.py)."""
 GAMMAS = (None, 1.25, 2.0)
-"""Capacity factors that are tried where load is skewed; without skew capacity changes nothing."""
+"""Capacity factors to try where load is skewed and quality may be traded; without skew capacity changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def plan(
     *,
     parallelism: ParallelismSpec | None = None,
     context: int | None = None,
+    gammas: tuple[float | None, ...] = GAMMAS,
     factors: Factors | None = None,
     predict: Predict | None = None,
 ) -> Found:
@@ -172,7 +173,7 @@ def plan(
     sequence that must fit; by default the mean request. Layouts that this version does not serve are left out, unless
     `parallelism` asks for them: pipeline stages, and data ranks with sliced experts.
     """
-    search = _Search(ask, traffic, slo, catalog, parallelism or ParallelismSpec(), context, factors, predict)
+    search = _Search(ask, traffic, slo, catalog, parallelism or ParallelismSpec(), context, gammas, factors, predict)
     options: list[Option] = []
     rejected: list[Rejected] = []
     for place in places:
@@ -214,6 +215,7 @@ class _Search:
     catalog: Catalog
     parallelism: ParallelismSpec
     context: int | None
+    gammas: tuple[float | None, ...]
     factors: Factors | None
     predict: Predict | None
 
@@ -255,7 +257,7 @@ class _Search:
         )
 
     def _cut(self, ask: Ask, place: Place, layout: Layout) -> Iterator[Option | Rejected]:
-        gammas = GAMMAS if self.traffic.skew and layout.expert > 1 else (None,)
+        gammas = self.gammas if self.traffic.skew and layout.expert > 1 else (None,)
         for gamma in gammas:
             try:
                 kept, missed, lacks = self._batches(ask, place, layout, gamma)
@@ -315,9 +317,7 @@ class _Search:
         self, ask: Ask, place: Place, layout: Layout, step: int, concurrency: int, gamma: float | None
     ) -> Option:
         traffic = self.traffic
-        load = Load(
-            traffic.input_tokens, traffic.output_tokens, concurrency, traffic.cached_share, traffic.skew, gamma
-        )
+        load = Load(traffic.input_tokens, traffic.output_tokens, concurrency, traffic.cached_share, traffic.skew, gamma)
         found = (self.predict or speed.predict)(ask, layout, load, self.catalog, self.factors)
         capacity = found.total_tokens_per_s * traffic.utilisation
         replicas = 1 if traffic.tokens_per_s is None else max(1, math.ceil(traffic.tokens_per_s / capacity))
