@@ -36,10 +36,16 @@ from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs, Overfl
 
 ROOT = Path(__file__).parents[1]
 STALL_S = 1.0
+SAMPLES = 20
+"""Readings of memory in a run, and lines of progress."""
 GIVE_UP_S = 10.0
 POLL_S = 0.005
 WARM_UP = 10
 """Changes before any is counted: the first of each kind touches code and memory that was never touched."""
+CACHE: dict[str, Any] = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
+"""Keys and values of a token take 32 KiB on each of two ranks, so a GiB of KV cache holds 32,768 tokens. The system
+gives a process the cache's memory as it is first written: until all of it was, resident memory grows whoever asks."""
+CACHE_TOKENS = 32_768
 NAME, MODEL = "actuation", "tiny"
 RESOURCE = """
 apiVersion: moestack.dev/v1alpha1
@@ -79,6 +85,7 @@ class Seen:
     stalled: int = 0
     longest_wait_s: float = 0.0
     tokens: int = 0
+    """Prompts' (a character each, at least) and generated ones."""
 
 
 class Stack:
@@ -140,7 +147,7 @@ async def stream(http: aiohttp.ClientSession, stack: Stack, number: int, seen: S
             seen.failed.append(f"{type(error).__name__}: {error}")
             continue
         seen.ended += 1
-        seen.tokens += text.count(b"data: {")
+        seen.tokens += len(prompt) + text.count(b"data: {")
         seen.stalled += wait > STALL_S
         seen.longest_wait_s = max(seen.longest_wait_s, wait)
 
@@ -166,8 +173,8 @@ async def change(http: aiohttp.ClientSession, stack: Stack, signer: Signer, vers
     raise RuntimeError(f"version {version} is not in force after {GIVE_UP_S:.0f} s: {said}")
 
 
-async def measure(stack: Stack, changes: int, streams: int) -> dict[str, Any]:
-    """The figures of one run."""
+async def measure(stack: Stack, changes: int, streams: int, warm_tokens: int = 0) -> dict[str, Any]:
+    """The figures of one run. No change counts before the streams have moved `warm_tokens`."""
     signer, seen, stop = stack.signer(), Seen(), asyncio.Event()
     took: list[float] = []
     drift = 0
@@ -176,19 +183,21 @@ async def measure(stack: Stack, changes: int, streams: int) -> dict[str, Any]:
         try:
             async with http.get(f"{stack.board}/v1/acks") as answer:
                 version = int((await answer.json())["version"])
-            before: dict[int, float] = {}
-            for number in range(WARM_UP + changes):
-                if number == WARM_UP:
-                    before = stack.ranks_rss_mib()
+            warmed = 0
+            while warmed < WARM_UP or seen.tokens < warm_tokens:
+                version, warmed = version + 1, warmed + 1
+                await change(http, stack, signer, version)
+            rss = [stack.ranks_rss_mib()]
+            for number in range(1, changes + 1):
                 version += 1
                 seconds, alike = await change(http, stack, signer, version)
-                if number >= WARM_UP:
-                    took.append(seconds)
-                    drift += not alike
-                if number % max(1, changes // 20) == 0:
+                took.append(seconds)
+                drift += not alike
+                if number % max(1, changes // SAMPLES) == 0:
+                    rss.append(stack.ranks_rss_mib())
                     streamed = f"{seen.ended} streams ended, {len(seen.failed)} failed"
-                    print(f"{number - WARM_UP} of {changes} changes; {streamed}", file=sys.stderr, flush=True)
-            after = stack.ranks_rss_mib()
+                    held = ", ".join(f"{mib:.0f}" for mib in rss[-1].values())
+                    print(f"{number} of {changes} changes; {streamed}; {held} MiB", file=sys.stderr, flush=True)
         finally:
             stop.set()
             await asyncio.gather(*clients, return_exceptions=True)
@@ -205,11 +214,17 @@ async def measure(stack: Stack, changes: int, streams: int) -> dict[str, Any]:
         "streams_ended": seen.ended,
         "pieces": seen.tokens,
         "longest_wait_s": round(seen.longest_wait_s, 3),
-        "rss_growth_mib": round(max((after[pid] - before[pid] for pid in before if pid in after), default=0.0), 1),
-        "engine_processes_kept": sorted(before) == sorted(after),
+        "rss_growth_mib": growth(rss),
+        "rss_mib": [round(sum(sample.values())) for sample in rss],
+        "engine_processes_kept": all(sample.keys() == rss[0].keys() for sample in rss),
         "failures": seen.failed[:5],
         "during_upgrade": None,
     }
+
+
+def growth(rss: list[dict[int, float]]) -> float:
+    """MiB that the process which grew most took on between the first and the last sample of memory by pid."""
+    return round(max((rss[-1][pid] - held for pid, held in rss[0].items() if pid in rss[-1]), default=0.0), 1)
 
 
 @contextlib.contextmanager
@@ -219,7 +234,7 @@ def up(folder: Path) -> Iterator[Stack]:
 
     resource, state_dir = folder / "actuation.yaml", folder / "state"
     text = RESOURCE.replace("NAME", NAME).replace("MODEL", MODEL)
-    resource.write_text(text.replace("SOURCE", str(cached_checkpoint("qwen3_moe"))))
+    resource.write_text(text.replace("SOURCE", str(cached_checkpoint("qwen3_moe", **CACHE))))
     moectl = [sys.executable, "-m", "moe_cli.main"]
     where = ["--state-dir", str(state_dir)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": os.pathsep.join(sys.path[1:])}
@@ -238,7 +253,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=6)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moe-actuation-") as folder, up(Path(folder)) as stack:
-        result = asyncio.run(measure(stack, options.changes, options.streams))
+        result = asyncio.run(measure(stack, options.changes, options.streams, 2 * CACHE_TOKENS))
     print(json.dumps(result))
 
 
