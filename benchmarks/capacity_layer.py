@@ -191,9 +191,8 @@ class Layer:
 
 def rank_loads(logits: Any, shape: Shape, setting: Setting) -> list[int]:
     """Slots on each rank, by the reference."""
-    rows = logits.float()
-    gate = rows.softmax(-1).tolist()
-    tokens = reference.Tokens(rows.tolist(), gate, [shape.k] * rows.shape[0])
+    selection = logits.float().log_softmax(-1)
+    tokens = reference.Tokens(selection.tolist(), selection.exp().tolist(), [shape.k] * selection.shape[0])
     overflow = Overflow.UNLIMITED if setting.gamma is None else setting.overflow
     load = reference.assign(tokens, overflow, setting.gamma).load(shape.experts)
     owned = shape.experts // shape.ranks

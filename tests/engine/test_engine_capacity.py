@@ -133,7 +133,8 @@ def test_capacity_follows_the_reference_in_every_step(two: Run, phase: int) -> N
             if not len(rows) or gamma is None:
                 continue
             logits = record["logits"][rows]
-            tokens = Tokens(logits.tolist(), torch.softmax(logits, -1).tolist(), [TOP_K] * len(rows))
+            gates = torch.log_softmax(logits, -1)  # between tokens the gate decides (ADR 0025)
+            tokens = Tokens(gates.tolist(), gates.exp().tolist(), [TOP_K] * len(rows))
             want = assign(tokens, overflow, Decimal(gamma))
             got = record["out_ids"][rows].tolist()
             assert [{e for e in row if e >= 0} for row in got] == [set(row) for row in want.experts]
