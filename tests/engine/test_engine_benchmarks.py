@@ -27,3 +27,25 @@ def test_startup() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["up_to_first_token_s"] > 0
     assert set(result) >= {"up_to_first_token_s", "over_bare_serve_run", "over_vllm_serve"}
+
+
+@pytest.mark.full
+def test_skew() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.skew", "--only", "trained", "--rounds", "1"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])["trained"]
+    together = result["skewed"]
+    assert max(together["unlimited"]["slots_by_rank"]) > 1.5 * min(together["unlimited"]["slots_by_rank"])
+    # Another placement is the same model: it answers alike, up to the order of sums.
+    assert together["unlimited"]["perplexity"] == pytest.approx(result["even"]["perplexity"], rel=1e-3)
+    for name, won in result["won_back"].items():
+        assert won["bound"] >= 1, name
+        assert abs(won["ppl_delta"]) < 0.05, name
