@@ -9,6 +9,8 @@ from typing import Any
 
 from moe_api.enums import Overflow
 from moe_api.load import ResourceInvalid, load_object
+from moe_api.spec import MoEDeploymentSpec
+from moe_api.spec_model import HardwareSpec
 from moe_api.v1alpha1 import MoEDeployment
 from moe_cli.arrivals import Arrival, read_trace
 from moe_cli.files import read
@@ -24,7 +26,7 @@ from moe_planner.fit import FitVerdict
 from moe_planner.memory import Ask
 from moe_planner.mix import Mixes, Replica, Trace, mixes
 from moe_planner.profiles import CHAT, COMPLETION
-from moe_planner.search import Found, Option, Place, Slo, Traffic
+from moe_planner.search import Option, Place, Slo, Traffic
 from moe_planner.speed import SpeedUnknown
 
 OUTPUTS = (".html", ".svg")
@@ -85,7 +87,7 @@ def run(options: PlanOptions, say: Say) -> Exit:
             message = f"{options.output}: {error.strerror}"
             raise Refusal(Problem(field="--output", message=message, remedy="name a writable file")) from None
         (say.aside if options.as_json else say.line)(f"wrote {options.output}")
-    return Exit.OK if found.verdict.fits is not False and found.chosen is not None else Exit.BAD_INPUT
+    return Exit.BAD_INPUT if found.verdict.fits is False else Exit.OK
 
 
 def answer(options: PlanOptions) -> Answer:
@@ -124,8 +126,8 @@ def _answer(options: PlanOptions) -> Answer:
     )
     chosen = found.best or found.nearest
     if chosen is None:
-        if len(places) > 1:
-            verdict = FitVerdict(False, "NothingServes", _nothing(asked, found))
+        largest = max(places, key=lambda place: place.gpus * place.accelerator.memory_bytes)
+        verdict = fit.check(_placed(resource, largest), catalog)
         return Answer(resource, verdict, traffic, slo, ask=asked, found=found)
     launch = _launch(resource, chosen, asked, catalog)
     apis = _apis(options, resource)
@@ -274,24 +276,27 @@ def _launch(resource: MoEDeployment, chosen: Option, ask: Ask, catalog: Catalog)
         "expert": layout.expert,
         "pipeline": layout.pipeline,
     }
+    changed: dict[str, Any] = {"hardware": spec["hardware"], "parallelism": spec["parallelism"]}
+    # What the file sets of the engine stands: the tuner's bounds lie below it.
+    ceilings = {"maxActiveSeqs": seqs, "maxBatchedTokens": max(chosen.batched_tokens, seqs)}
     engine = spec.setdefault("engine", {})
-    engine |= {"maxActiveSeqs": seqs, "maxBatchedTokens": max(chosen.batched_tokens, seqs)}
+    if not ceilings.keys() & engine.keys():
+        engine |= ceilings
+        changed["engine"] = ceilings
     experts = spec.setdefault("experts", {})
-    experts["redundant"] = chosen.redundant
+    told: dict[str, Any] = {"redundant": chosen.redundant} if chosen.redundant else {}
     if chosen.gamma is not None:
-        experts["overflow"] = "Reroute" if experts.get("overflow", "Unlimited") == "Unlimited" else experts["overflow"]
-        experts.setdefault("capacityFactor", {})["prefill"] = f"{chosen.gamma:g}"
-    changed = {
-        "hardware": spec["hardware"],
-        "parallelism": spec["parallelism"],
-        "engine": {name: engine[name] for name in ("maxActiveSeqs", "maxBatchedTokens")},
-    }
-    if chosen.redundant or chosen.gamma is not None:
-        changed["experts"] = experts
+        overflow = experts.get("overflow", "Unlimited")
+        told["overflow"] = "Reroute" if overflow == "Unlimited" else overflow
+        told["capacityFactor"] = {**experts.get("capacityFactor", {}), "prefill": f"{chosen.gamma:g}"}
+    if told:
+        changed["experts"] = told
+    experts |= {"redundant": chosen.redundant, **told}
     try:
         written = load_object(document)
     except ResourceInvalid as error:
-        return Launch(FitVerdict(None, "NotWritable", str(error)), changed, None, str(error))
+        why = "; ".join(str(problem) for problem in error.problems)
+        return Launch(fit.check(resource.spec, catalog), changed, None, why)
     verdict = fit.check(written.spec, catalog)
     if verdict.plan is None:
         return Launch(verdict, changed, None, verdict.message)
@@ -333,13 +338,10 @@ def _mix(arrivals: list[Arrival], chosen: Option, apis: tuple[Tariff, ...], slo:
     return mixes(trace, replica, apis[0], window_s=window, cached_share=traffic.cached_share)
 
 
-def _nothing(ask: Ask, found: Found) -> str:
-    """Why no place serves: the nearest of what memory lacks, and how many lack what."""
-    counts: dict[str, int] = {}
-    for row in found.rejected:
-        counts[row.why] = counts.get(row.why, 0) + 1
-    told = ", ".join(f"{count} for {why}" for why, count in sorted(counts.items()))
-    return f"Nothing that was tried serves {ask.model.key} in {ask.precision.name}: rejected {told}."
+def _placed(resource: MoEDeployment, place: Place) -> MoEDeploymentSpec:
+    """The spec on other GPUs."""
+    hardware = HardwareSpec(accelerator=place.accelerator.name, gpus_per_replica=place.gpus)
+    return resource.spec.model_copy(update={"hardware": hardware})
 
 
 def _option(name: str) -> str:

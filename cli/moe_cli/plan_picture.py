@@ -32,8 +32,8 @@ def svg(answer: Answer) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>',
         _text(24, 36, _title(answer), 18, bold=True),
         *_memory(answer, 24, 70, WIDTH - 48),
-        *_radar(answer, 250, 400, 150),
-        *_front(answer, 600, 230, WIDTH - 660, 320),
+        *_radar(answer, 300, 400, 150),
+        *_front(answer, 620, 230, WIDTH - 690, 320),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"

@@ -10,12 +10,13 @@ from moe_cli.plan_answer import Answer
 from moe_planner import report
 from moe_planner.plan import Plan
 from moe_planner.profiles import Profile, Reproduced, assumptions, profiles, reproduced
-from moe_planner.search import Option
+from moe_planner.search import Found, Option, Place
 
 GIB = 2**30
 MOST = 12
 """Rows of the front; --json has all of them."""
 WIDTH = 60
+_LINKS = {"nvlink": "the link between GPUs", "pcie": "PCIe", "nic": "the network"}
 _SHADES = {"Weights": "█", "RedundantExperts": "▓", "Activations": "▒", "Overhead": "░", "KVCache": "▚", "Free": "·"}
 
 
@@ -37,7 +38,11 @@ def lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
         yield from _cost(answer)
         yield from _wire(answer)
         yield from _mix(answer)
-    if explain:
+    elif answer.found is not None:
+        yield ""
+        yield "No speed and no cost: nothing that was tried could be predicted"
+        yield from _rejected(answer.found, first=not explain)
+    if explain and answer.chosen is not None:
         yield ""
         yield from _explain(answer)
 
@@ -166,11 +171,10 @@ def _wire(answer: Answer) -> Iterator[str]:
     wire = answer.wire
     if wire is None or not wire.bytes_per_token:
         return
-    shares = [
-        f"{share:.0%} of {name}"
-        for share, name in ((wire.link_share, wire.link), (wire.pcie_share, "PCIe, were it the only link"))
-        if share is not None
-    ]
+    links = [(wire.link_share, _LINKS.get(wire.link, wire.link))]
+    if wire.link != "pcie":
+        links.append((wire.pcie_share, "PCIe, were it the only link"))
+    shares = [f"{share:.0%} of {name}" for share, name in links if share is not None]
     yield (
         f"Between GPUs: each sends {wire.bytes_per_token / 1e6:,.2f} MB a token of its data rank,"
         f" {wire.bytes_per_s / 1e9:,.1f} GB/s when full{': ' + ', '.join(shares) if shares else ''}"
@@ -182,9 +186,10 @@ def _mix(answer: Answer) -> Iterator[str]:
     if mixes is None:
         return
     best, hours = mixes.best, mixes.seconds / 3600
+    own = f"{best.replicas} own replica{'' if best.replicas == 1 else 's'}"
     yield (
-        f"For the trace ({hours:.2f} h, windows of {mixes.window_s:g} s): {best.replicas} own replicas and"
-        f" {answer.apis[0].name} for {best.api_token_share:.1%} of the tokens cost ${best.usd:,.2f}; all own"
+        f"For the trace ({hours:.2f} h, windows of {mixes.window_s:g} s) the cheapest is {own} with"
+        f" {answer.apis[0].name} for {best.api_token_share:.1%} of the tokens: ${best.usd:,.2f}; all own"
         f" ({mixes.all_own.replicas} replicas) ${mixes.all_own.usd:,.2f}, all API ${mixes.all_api.usd:,.2f}"
     )
 
@@ -201,9 +206,17 @@ def _explain(answer: Answer) -> Iterator[str]:
         return
     for option in _others(answer):
         yield f"  {_place(option)}: {_lacks(option, chosen)}"
+    yield from _rejected(found)
+
+
+def _rejected(found: Found, *, first: bool = False) -> Iterator[str]:
+    """What was rejected; with `first`, the first layout of each place alone."""
+    seen: set[Place] = set()
     for row in found.rejected:
-        layout = "" if row.layout is None else f", {row.layout}"
-        yield f"  {row.place.gpus} × {row.place.accelerator.name}{layout}: {row.why}: {row.text}"
+        if not first or row.place not in seen:
+            layout = "" if row.layout is None else f", {row.layout}"
+            yield f"  {row.place.gpus} × {row.place.accelerator.name}{layout}: {row.why}: {row.text}"
+        seen.add(row.place)
 
 
 def _others(answer: Answer) -> list[Option]:

@@ -88,6 +88,38 @@ def test_what_does_not_fit_is_refused_with_what_would(moectl: Moectl) -> None:
     assert "Would do: 16 × nvidia-h100" in out
 
 
+def test_where_nothing_serves_the_largest_is_judged(moectl: Moectl) -> None:
+    code, out, _ = moectl("--model", V4, "--accelerator", "L4", "--accelerator", "A10", "--gpus", "1", "--gpus", "2")
+    assert code == 2
+    assert "2 × nvidia-l4 have" in out
+    assert "Would do:" in out
+    assert out.count("memory:") == 4
+
+
+def test_what_the_file_sets_of_the_engine_stands(moectl: Moectl, tmp_path: Path) -> None:
+    engine = {"maxActiveSeqs": 32, "maxBatchedTokens": 4096}
+    file = write_resource(tmp_path, hardware=H100, engine=engine, tuning={"bounds": {"maxActiveSeqs": {"max": 32}}})
+    launch = asked(moectl, file)["launch"]
+    assert "engine" not in launch["spec"]
+    assert launch["engineArguments"]["max_num_seqs"] == 32
+
+
+def test_an_accelerator_whose_speed_is_not_known_still_fits(moectl: Moectl) -> None:
+    words = ("--model", "openai/gpt-oss-20b", "--accelerator", "nvidia-a10", "--gpus", "1")
+    code, out, err = moectl(*words)
+    assert (code, err) == (0, "")
+    assert "Memory of one GPU of 1" in out
+    assert "unknown speed: accelerators.nvidia-a10" in out
+
+
+def test_skew_may_bring_capacity_into_the_launch(moectl: Moectl) -> None:
+    found = asked(moectl, *BIG, "--skew", "1.2", "--capacity")
+    assert {row["capacityFactor"] for row in found["front"]} - {None}
+    if found["chosen"]["capacityFactor"] is not None:
+        assert found["launch"]["spec"]["experts"]["overflow"] == "Reroute"
+    assert {row["capacityFactor"] for row in asked(moectl, *BIG, "--skew", "1.2")["front"]} == {None}
+
+
 def test_the_cheapest_of_several_accelerators(moectl: Moectl) -> None:
     words = ("--model", QWEN, "--accelerator", "nvidia-h100", "--accelerator", "nvidia-h200", "--explain")
     found = asked(moectl, *words)
