@@ -96,10 +96,10 @@ class Replica:
         return -(-(self.prompt[request] + self.output[request]) // self.block) <= self.blocks
 
     def add(self, request: int, now: float) -> None:
-        """A request arrives. An idle engine begins at once; a jump ends early where the request may join."""
+        """A request arrives. An idle engine wakes now, a jump ends early where the request may join."""
         self.queue.append(request)
         if self.end == math.inf:
-            self.begin(now)
+            self.start, self.end, self.jump = now, now, 0  # to begin once all that come at this moment are there
         elif (
             self.jump > 1
             and len(self.queue) == 1
@@ -110,7 +110,9 @@ class Replica:
 
     def cut(self, now: float) -> None:
         """End a jump with the step that is under way, so that what changed acts from the next one on."""
-        done = int((now - self.start) / self.step_s) + 1
+        if self.jump < 2:
+            return
+        done = max(1, math.ceil((now - self.start) / self.step_s))
         if done < self.jump:
             self.jump = done
             self.end = self.start + done * self.step_s
@@ -224,7 +226,7 @@ class Replica:
 
     def fail(self, now: float) -> list[int]:
         """The engine dies: every request that was here, in order of admission. Work under way is lost."""
-        if self.end < math.inf:
+        if self.jump:
             done = min(self.jump, max(0, int((now - self.start) / self.step_s)))
             self.busy_s += min(now, self.end) - self.start
             self.steps += done if self.joined else 0

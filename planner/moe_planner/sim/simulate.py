@@ -147,7 +147,8 @@ class Run:
         while self.ended < total:
             wake = min(wakes)
             event = events[0][0] if events else math.inf
-            if wake <= arrival and wake <= event:
+            # At one moment: what happens to the world, then arrivals, then steps: who comes together runs together.
+            if wake < arrival and wake < event:
                 self.now = wake
                 self.step(wakes.index(wake), wake)
             elif event <= arrival:

@@ -1,0 +1,159 @@
+"""How fast the simulator is, and how right its queueing is beside the real engine.
+
+    python -m benchmarks.simulator [--raw FILE] [--clock wall | cpu] [--rounds 3] [--seconds 10] [--quick] [--no-engine]
+
+Speed: simulated requests a second of about 100 output tokens each, decided by production's own spill policy
+(`requests_per_s`) and by none (`requests_per_s_plain`); the best of some runs.
+
+Error: `benchmarks.simulator_engine` runs the real engine on the tiny checkpoint at four loads. The step times of two of
+them are fitted; the simulator then replays the arrivals of the other two, one between and one beyond, and its p95 of
+TTFT and of the requests' mean ITL are compared with what was seen. `ttft_p95_error` and `itl_p95_error` are the larger
+ones. `--raw` names a file of that measurement, which is then not repeated. Right queueing at a tiny model's step times
+says nothing of a GPU's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_planner.sim.engine import Engine
+from moe_planner.sim.policy import PLAIN, Policy
+from moe_planner.sim.simulate import simulate
+from moe_planner.sim.workload import Arrivals, Floats, Lengths, Workload, generate
+from moe_planner.sim.world import Api, Slo, World
+
+FITTED, HELD_OUT = (0.35, 0.7), (0.5, 0.85)
+"""Loads as shares of the capacity (`benchmarks.simulator_engine.LOADS`)."""
+FIGURES = ("launch_s", "prompt_s", "prefill_token_s", "decode_s", "active_s")
+
+
+def speed(seconds: float, runs: int) -> dict[str, float]:
+    """Requests a second through one pool of two replicas with a closed API beside it."""
+    engine = Engine(prefill_token_s=1 / 24000, decode_s=0.009, active_s=0.00011, kv_tokens=230_000, max_active=256)
+    api = Api("closed", 0.55, 1.6, 0.018, 5.0, 30.0)
+    world = World(engine, Slo(1.5, 0.05), replicas=2, apis=(api,))
+    arrivals = Arrivals(seconds=seconds, rps=20.0, inputs=Lengths(700, 3000), outputs=Lengths(90, 250))
+    workload = generate(arrivals, 1)
+    found = {"requests": float(len(workload)), "mean_output_tokens": float(workload.output_tokens.mean())}
+    for name, policy in (("requests_per_s", Policy()), ("requests_per_s_plain", PLAIN)):
+        took = []
+        for _ in range(runs):
+            started = time.perf_counter()
+            simulate(workload, world, policy)
+            took.append(time.perf_counter() - started)
+        found[name] = len(workload) / min(took)
+    return found
+
+
+def fit(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Step-time figures by least squares, none below zero: of all subsets of figures that keep to it, the best.
+
+    The one step in two hundred that took longest is left out, on both sides: what the machine did then is not the
+    engine's.
+    """
+    seconds = np.array([step["s"] for step in steps])
+    prompt = np.array([step["prompt"] for step in steps])
+    decodes = np.array([step["decodes"] for step in steps])
+    kept = seconds <= np.quantile(seconds, 0.995)
+    table = np.stack([np.ones_like(seconds), prompt > 0, prompt, decodes > 0, decodes], axis=1).astype(float)
+    table, seconds = table[kept], seconds[kept]
+    best: tuple[float, dict[str, float]] | None = None
+    for size in range(1, len(FIGURES) + 1):
+        for chosen in itertools.combinations(range(len(FIGURES)), size):
+            values, *_ = np.linalg.lstsq(table[:, chosen], seconds, rcond=None)
+            if values.min() < 0:
+                continue
+            loss = float(np.square(table[:, chosen] @ values - seconds).sum())
+            if best is None or loss < best[0]:
+                best = (loss, {FIGURES[i]: float(v) for i, v in zip(chosen, values, strict=True)})
+    assert best is not None  # a constant step time is always in reach
+    return {name: best[1].get(name, 0.0) for name in FIGURES}
+
+
+def replay(segment: dict[str, Any], engine: Engine) -> tuple[Floats, Floats]:
+    """Simulated (TTFT, mean ITL) of a segment's requests."""
+    workload = Workload.of([(r["at_s"], r["input"], r["output"]) for r in segment["requests"]])
+    result = simulate(workload, World(engine, Slo(1.0, 1.0)), PLAIN)
+    return result.ttft_s, result.itl_s
+
+
+def seen(segment: dict[str, Any]) -> tuple[Floats, Floats]:
+    """Measured (TTFT, mean ITL) of a segment's requests."""
+    rows = segment["requests"]
+    ttft = np.array([r["first_s"] - r["at_s"] for r in rows])
+    itl = np.array([(r["last_s"] - r["first_s"]) / (r["output"] - 1) for r in rows])
+    return ttft, itl
+
+
+def compare(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fit on some loads, predict the others."""
+    segments = [s for s in raw["segments"] if s["requests"]]
+    steps = [step for s in segments if s["load"] in FITTED for step in s["steps"]]
+    figures = fit(steps)
+    engine = Engine(
+        **figures,
+        kv_tokens=raw["block"] * raw["blocks"],
+        block=raw["block"],
+        max_active=raw["max_seqs"],
+        max_batched_tokens=raw["max_tokens"],
+    )
+    rows: dict[str, dict[str, float]] = {}
+    for load in (*FITTED, *HELD_OUT):
+        of = [s for s in segments if s["load"] == load]
+        real = [np.concatenate(parts) for parts in zip(*(seen(s) for s in of), strict=True)]
+        simulated = [np.concatenate(parts) for parts in zip(*(replay(s, engine) for s in of), strict=True)]
+        row = {"requests": float(len(real[0]))}
+        for name, one, other in zip(("ttft", "itl"), real, simulated, strict=True):
+            for q in (0.5, 0.95):
+                there, here = float(np.quantile(one, q)), float(np.quantile(other, q))
+                row |= {f"{name}_p{q * 100:.0f}_s": there, f"{name}_p{q * 100:.0f}_error": abs(here - there) / there}
+        rows[f"{load:g}"] = {key: round(value, 5) for key, value in row.items()}
+    worst = {f"{n}_p95_error": max(rows[f"{load:g}"][f"{n}_p95_error"] for load in HELD_OUT) for n in ("ttft", "itl")}
+    return {
+        **worst,
+        "clock": raw["clock"],
+        "capacity_rps": round(raw["capacity_rps"], 2),
+        "fitted_loads": FITTED,
+        "held_out_loads": HELD_OUT,
+        "steps_fitted": len(steps),
+        "engine_ms": {name[:-2]: round(value * 1e3, 5) for name, value in figures.items()},
+        "loads": rows,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure; the last line is the result as JSON. Errors are null where the engine was left out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", type=Path, help="a measurement of benchmarks.simulator_engine")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--quick", action="store_true", help="small: shows that it works")
+    parser.add_argument("--no-engine", action="store_true", help="speed alone")
+    options = parser.parse_args(arguments)
+    found: dict[str, Any] = {"requests_per_s": None, "ttft_p95_error": None, "itl_p95_error": None}
+    found |= speed(30.0 if options.quick else 1000.0, 1 if options.quick else 3)
+    if options.raw is not None:
+        found |= compare(json.loads(options.raw.read_text()))
+    elif not options.no_engine:
+        with tempfile.TemporaryDirectory(prefix="moe-simulator-") as folder:
+            out = Path(folder) / "raw.json"
+            command = [sys.executable, "-m", "benchmarks.simulator_engine", str(out), "--clock", options.clock]
+            command += ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
+            subprocess.run([*command, *(["--quick"] if options.quick else [])], check=True, stdout=sys.stderr)
+            found |= compare(json.loads(out.read_text()))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
