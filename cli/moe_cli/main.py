@@ -294,6 +294,7 @@ def plan(
     """What fits, how fast, at what cost, and from what volume it beats an API. Starts nothing, asks nobody."""
     from moe_cli.plan import PlanOptions
     from moe_cli.plan import run as answer
+    from moe_core.clock import SystemClock
 
     if profiles:
         from moe_cli.plan_text import profile_lines
@@ -325,7 +326,7 @@ def plan(
         as_json=as_json,
         output=output,
     )
-    _end(answer(options, Say()))
+    _end(answer(options, Say(), SystemClock()))
 
 
 @app.command()

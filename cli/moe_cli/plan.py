@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.plan_answer import Answer, Launch
 from moe_cli.say import Say
 from moe_core import process_config
+from moe_core.clock import Clock
 from moe_planner import fit, prices, report, search
 from moe_planner.breakeven import Tariffed
 from moe_planner.catalog import Catalog, packaged
@@ -64,14 +66,15 @@ class PlanOptions:
     output: Path | None = None
 
 
-def run(options: PlanOptions, say: Say) -> Exit:
+def run(options: PlanOptions, say: Say, clock: Clock) -> Exit:
     """Answer and print. Raises Refusal."""
     if options.output is not None and options.output.suffix.lower() not in OUTPUTS:
         message = f"{options.output.name} is no {' or '.join(OUTPUTS)} file"
         raise Refusal(Problem(field="--output", message=message, remedy="name it with one of these endings"))
     found = answer(options)
     if options.as_json:
-        say.line(json.dumps(found.to_json(), ensure_ascii=False, indent=2))
+        now = datetime.fromtimestamp(clock.time(), UTC).replace(microsecond=0)
+        say.line(json.dumps(found.to_json(now), ensure_ascii=False, indent=2))
     else:
         from moe_cli import plan_text
 
@@ -87,7 +90,7 @@ def run(options: PlanOptions, say: Say) -> Exit:
             message = f"{options.output}: {error.strerror}"
             raise Refusal(Problem(field="--output", message=message, remedy="name a writable file")) from None
         (say.aside if options.as_json else say.line)(f"wrote {options.output}")
-    return Exit.BAD_INPUT if found.verdict.fits is False else Exit.OK
+    return Exit.OK if found.serves else Exit.BAD_INPUT
 
 
 def answer(options: PlanOptions) -> Answer:

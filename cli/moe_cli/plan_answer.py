@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from moe_api.v1alpha1 import MoEDeployment
 from moe_planner import report
-from moe_planner.cost import HOURS_PER_MONTH, Tariff
+from moe_planner.cost import HOURS_PER_MONTH, SECONDS_PER_MONTH, Tariff, allocation, allocation_set
 from moe_planner.fit import FitVerdict
 from moe_planner.memory import Ask
 from moe_planner.mix import Mixes
@@ -72,7 +73,37 @@ class Answer:
             return None
         return self.chosen.gpus * self.chosen.place.usd_per_gpu_hour * HOURS_PER_MONTH
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def serves(self) -> bool:
+        """Whether it can be launched, as far as is known: an accelerator without a known speed may yet serve."""
+        if self.verdict.fits is False or self.found is None:
+            return False
+        return self.chosen is not None or any(row.why == "unknown speed" for row in self.found.rejected)
+
+    def open_cost(self, start: datetime) -> dict[str, Any] | None:
+        """A month from `start` in OpenCost's form: the GPUs, and what a trace's mix sends to the API. None: no rent."""
+        if self.chosen is None or self.chosen.place.usd_per_gpu_hour is None:
+            return None
+        gpus, external, busy = self.chosen.gpus, 0.0, None
+        if self.mixes is not None:
+            best = self.mixes.best
+            gpus, busy = best.replicas * self.chosen.place.gpus, best.busy_share
+            external = best.api_usd / self.mixes.seconds * SECONDS_PER_MONTH
+        meta = self.resource.metadata
+        return allocation_set(
+            allocation(
+                f"{meta.namespace}/{meta.name}",
+                start=start,
+                end=start + timedelta(hours=HOURS_PER_MONTH),
+                gpus=gpus,
+                gpu_usd_per_hour=self.chosen.place.usd_per_gpu_hour,
+                external_usd=external,
+                gpu_busy_share=busy,
+                properties={"namespace": meta.namespace, "controllerKind": "moedeployment", "controller": meta.name},
+            )
+        )
+
+    def to_json(self, now: datetime) -> dict[str, Any]:
         """Everything, in seconds, tokens, bytes and dollars."""
         plan = self.verdict.plan
         document: dict[str, Any] = {
@@ -117,6 +148,7 @@ class Answer:
                 "why": self.launch.why,
             }
         document["usdPerMonth"] = self.monthly_usd
+        document["openCost"] = self.open_cost(now)
         document["cost"] = [report.cost_json(row) for row in self.costs]
         if self.costs:
             document["sensitivities"] = {

@@ -68,6 +68,9 @@ def test_json_holds_together(moectl: Moectl, tmp_path: Path) -> None:
     month = api["breakEvenTokensPerMonth"] * api["usdPerMTokens"] / 1e6
     assert month == pytest.approx(4 * 2.5 * 730)
     assert {row["workload"] for row in found["cost"]} == {"asked", "chat", "completion"}
+    month = found["openCost"]["data"][0]["default/t"]
+    assert (month["minutes"], month["externalCost"]) == (730 * 60, 0)
+    assert month["totalCost"] == month["gpuCost"] == pytest.approx(found["usdPerMonth"])
     assert set(found["sensitivities"]) == {"gpt-5.5", "claude-opus-4.7"}
 
 
@@ -145,6 +148,8 @@ def test_a_trace_gives_the_mix_and_the_lengths(moectl: Moectl, tmp_path: Path) -
     assert (found["traffic"]["inputTokens"], found["traffic"]["outputTokens"]) == (1000, 100)
     mix = found["mix"]
     assert mix["best"]["usd"] <= min(mix["allApi"]["usd"], mix["allOwn"]["usd"])
+    month = found["openCost"]["data"][0]["default/plan"]
+    assert month["totalCost"] == pytest.approx(mix["best"]["usd"] / mix["seconds"] * 730 * 3600)
     assert "For the trace" in moectl(*BIG, "--trace", trace)[1]
 
 
@@ -215,6 +220,12 @@ def test_parallelism_that_cannot_be_is_refused_by_field(moectl: Moectl, tmp_path
     code, out, _ = moectl(file)
     assert code == 2
     assert "spec.parallelism.tensor" in out
+
+
+def test_stages_are_not_served(moectl: Moectl) -> None:
+    code, out, _ = moectl("--model", QWEN, "--accelerator", "H200", "--gpus", "3")
+    assert code == 2
+    assert "not served yet" in out
 
 
 def test_cpu_is_not_known(moectl: Moectl, tmp_path: Path) -> None:
