@@ -290,8 +290,16 @@ def plan(
         Path | None, typer.Option("--output", "-o", help="Write a report: FILE.html or FILE.svg.")
     ] = None,
     profiles: Annotated[bool, typer.Option("--profiles", help="Profiles A to D, and nothing else.")] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="Hold predicted speeds against a CSV of published runs, and nothing else.")
+    ] = None,
 ) -> None:
     """What fits, how fast, at what cost, and from what volume it beats an API. Starts nothing, asks nobody."""
+    if check is not None:
+        from moe_cli.plan_check import check as held_against
+
+        _end(held_against(check, as_json))
+        return
     from moe_cli.plan import PlanOptions
     from moe_cli.plan import run as answer
     from moe_core.clock import SystemClock

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from moe_planner.roofline import Rates
+from moe_planner.roofline import Gemm, Peaks, Rates
 
 FILE = "calibration.toml"
 DEFAULT_ENGINE = "vllm"
@@ -27,11 +27,17 @@ class Bounds:
 
 BOUNDS: Mapping[str, Bounds] = {
     "bandwidth": Bounds(0.3, 0.7, 0.95),
+    "cache": Bounds(0.3, 0.75, 0.95),
     "gemm_16": Bounds(0.15, 0.6, 0.9),
     "gemm_8": Bounds(0.1, 0.5, 0.9),
     "gemm_4": Bounds(0.05, 0.35, 0.9),
-    "core": Bounds(0.1, 0.4, 0.9),
+    "dequantised": Bounds(0.05, 0.35, 0.9),
+    "core": Bounds(0.05, 0.4, 0.9),
+    "flash": Bounds(0.1, 0.5, 0.9),
     "link": Bounds(0.1, 0.5, 0.9),
+    "network": Bounds(0.2, 0.6, 0.9),
+    "spread": Bounds(0.02, 0.4, 2.0),
+    "wait": Bounds(0.005, 0.05, 0.6),
     "layer_s": Bounds(1e-6, 30e-6, 300e-6),
     "step_s": Bounds(1e-4, 2e-3, 20e-3),
     "sequence_s": Bounds(1e-7, 1e-5, 1e-4),
@@ -43,14 +49,23 @@ a sequence in it, a collective."""
 
 @dataclass(frozen=True)
 class Factors:
-    """Efficiencies and overheads. `software`: an engine's time over the reference's; `error`: half-width of ln(speed)."""
+    """Shares of peaks, and overheads. `software`: an engine's time over the reference's.
+
+    `error`: half-width of the interval, in ln(speed).
+    """
 
     bandwidth: float
+    cache: float
     gemm_16: float
     gemm_8: float
     gemm_4: float
+    dequantised: float
     core: float
+    flash: float
     link: float
+    network: float
+    spread: float
+    wait: float
     layer_s: float
     step_s: float
     sequence_s: float
@@ -59,29 +74,36 @@ class Factors:
     error: float = 0.0
     engines: Mapping[str, float] = field(default_factory=dict)
 
-    def of_engine(self, name: str) -> Factors:
-        """The factors with that engine's software factor in force; an engine that is not known has the reference's."""
-        return replace(self, software=self.engines.get(name.lower(), 1.0))
+    def of_engine(self, name: str, accelerator: str = "") -> Factors:
+        """The factors with the software factors of an engine and of the accelerator's maker in force; 1 if unknown."""
+        maker = self.engines.get(accelerator.partition("-")[0], 1.0)
+        return replace(self, software=self.engines.get(name.lower(), 1.0) * maker)
 
-    def rates(self, bandwidth: Any, link: Any, linear: Any, head: Any, experts: Any, core: Any) -> Rates:
-        """What is attained of the peaks; the last four are pairs (operations a second, bytes of an operand)."""
+    def rates(self, peaks: Peaks) -> Rates:
+        """What is attained of the peaks."""
         slow = self.software
         return Rates(
-            bandwidth=bandwidth * self.bandwidth / slow,
-            linear_flops=linear[0] * self.gemm(linear[1]) / slow,
-            expert_flops=experts[0] * self.gemm(experts[1]) / slow,
-            head_flops=head[0] * self.gemm(head[1]) / slow,
-            core_flops=core[0] * self.core / slow,
-            link=link * self.link / slow,
+            bandwidth=peaks.bandwidth * self.bandwidth / slow,
+            cache=peaks.bandwidth * self.cache / slow,
+            linear_flops=peaks.linear[0] * self.gemm(peaks.linear[1]) / slow,
+            mlp_flops=peaks.mlp[0] * self.gemm(peaks.mlp[1]) / slow,
+            expert_flops=peaks.experts[0] * self.gemm(peaks.experts[1]) / slow,
+            head_flops=peaks.wide[0] * self.gemm_16 / slow,
+            core_flops=peaks.wide[0] * self.core / slow,
+            flash_flops=peaks.wide[0] * self.flash / slow,
+            link=peaks.link * self.link / slow,
+            network=peaks.network * self.network / slow,
+            spread=self.spread,
+            wait=self.wait,
             layer_s=self.layer_s * slow,
             step_s=self.step_s * slow,
             sequence_s=self.sequence_s * slow,
             call_s=self.call_s * slow,
         )
 
-    def gemm(self, width: float) -> float:
-        """Share of peak by bytes of an operand."""
-        return {2.0: self.gemm_16, 1.0: self.gemm_8}.get(width, self.gemm_4)
+    def gemm(self, kind: Gemm) -> float:
+        """Share of peak."""
+        return {"16": self.gemm_16, "8": self.gemm_8, "4": self.gemm_4, "dequantised": self.dequantised}[kind]
 
 
 def of_values(values: Mapping[str, float], error: float = 0.0, engines: Mapping[str, float] | None = None) -> Factors:
@@ -97,13 +119,22 @@ START = of_values({name: bound.start for name, bound in BOUNDS.items()})
 @cache
 def packaged() -> Factors:
     """The factors that come with this version, for the engine that is deployed."""
-    text = (resources.files("moe_planner") / "data" / FILE).read_text(encoding="utf-8")
-    return parse(text).of_engine(DEFAULT_ENGINE)
+    return parse(text()).of_engine(DEFAULT_ENGINE)
 
 
-def parse(text: str) -> Factors:
+def text() -> str:
+    """The calibration file that comes with this version."""
+    return (resources.files("moe_planner") / "data" / FILE).read_text(encoding="utf-8")
+
+
+def fitted_sources() -> tuple[str, ...]:
+    """Sources of published runs that the packaged factors were fitted to."""
+    return tuple(tomllib.loads(text())["fitted"]["sources"])
+
+
+def parse(given: str) -> Factors:
     """Factors from the text of a calibration file. Raises ValueError where one is missing or out of bounds."""
-    document = tomllib.loads(text)
+    document = tomllib.loads(given)
     values = document.get("factors", {})
     for name, bound in BOUNDS.items():
         if name not in values:

@@ -25,38 +25,43 @@ class Traffic:
     """Bytes that one GPU sends, of one token of its data rank, through all layers of its stage.
 
     `reduce`: all-reduce between tensor ranks; `route`: dispatch and combine between expert ranks; `stage`: to the next.
+    `crossing`: those beside them that leave the NVLink domain.
     """
 
     reduce: float
     route: float
     stage: float
+    crossing: float
     collectives: int  # calls in a forward pass
 
     @property
-    def total(self) -> float:
+    def inside(self) -> float:
+        """Bytes over the link inside a domain."""
         return self.reduce + self.route + self.stage
+
+    @property
+    def total(self) -> float:
+        return self.inside + self.crossing
 
 
 def link(accelerator: Accelerator, group: int) -> Link | str:
-    """The slowest link that a group of `group` neighbours crosses, or the figure that is not known."""
+    """What joins a group of `group` neighbours inside a domain, or the figure that is not known."""
     if group <= 1:
         return Link("none", math.inf)
-    if group > accelerator.domain_gpus:
-        if accelerator.nic_bytes_s is None:
-            return "nic_bytes_s"
-        return Link("nic", accelerator.nic_bytes_s)
     if accelerator.nvlink_bytes_s is not None:
         return Link("nvlink", accelerator.nvlink_bytes_s)
     if accelerator.pcie_bytes_s is not None:
         return Link("pcie", accelerator.pcie_bytes_s)
-    return "nvlink_bytes_s"
+    return "nvlink_gb_s"
 
 
-def crossing(accelerator: Accelerator, group: int) -> float:
-    """Share of a rank's peers in a group that lie outside its own NVLink domain."""
-    if group <= 1:
-        return 0.0
-    return max(0.0, (group - accelerator.domain_gpus) / (group - 1))
+def network(accelerator: Accelerator, group: int) -> Link | str:
+    """What joins domains where a group is larger than one, or the figure that is not known."""
+    if group <= accelerator.domain_gpus:
+        return Link("none", math.inf)
+    if accelerator.nic_bytes_s is not None:
+        return Link("nic", accelerator.nic_bytes_s)
+    return "nic_gb_s"
 
 
 def remote_ranks(topk: int, ranks: int) -> float:
@@ -66,29 +71,35 @@ def remote_ranks(topk: int, ranks: int) -> float:
     return (ranks - 1) * (1.0 - (1.0 - 1.0 / ranks) ** topk)
 
 
-def traffic(model: ModelFacts, layout: Layout) -> Traffic:
-    """Bytes and calls of a layout.
+def traffic(model: ModelFacts, layout: Layout, domain: int) -> Traffic:
+    """Bytes and calls of a layout whose NVLink domains have `domain` GPUs.
 
     Tensor ranks: a ring all-reduce sends 2·(t − 1)/t of the hidden state, after attention and after the experts. Data
-    ranks: with expert parallelism each token goes once to every rank that has one of its experts and comes back;
-    without, tokens are gathered by all ranks, and sums scattered back.
+    ranks: with expert parallelism each token goes once to every rank that has one of its experts and comes back, and
+    to another domain once for all its ranks there (DeepSeek-V3 paper, section 3.2.2); without, tokens are gathered by
+    all ranks, and sums scattered back. An all-reduce across domains crosses once for all GPUs of a domain.
     """
-    t, d = layout.tensor, layout.data
+    t, d, ranks = layout.tensor, layout.data, layout.tensor * layout.data
     layers = math.ceil(model.layers / layout.pipeline)
     sparse = layers * model.moe_layers / model.layers
     hidden = model.hidden
     ring = 2.0 * (t - 1) / t * hidden * ACTIVATION_BYTES
-    if d == 1:
-        reduce, route = 2.0 * layers * ring, 0.0
-        calls = 2 * layers if t > 1 else 0
-    elif layout.expert > 1:
-        reduce = (2.0 * layers - sparse) * ring
-        # Tensor ranks of a data rank share its tokens out before they send them.
-        route = sparse * remote_ranks(model.topk, t * d) * hidden * (DISPATCH_BYTES + ACTIVATION_BYTES) / t
-        calls = round(2 * sparse) + (2 * layers - round(sparse) if t > 1 else 0)
-    else:
-        reduce = (2.0 * layers - sparse) * ring
-        route = sparse * (d - 1) * hidden * 2 * ACTIVATION_BYTES / t
-        calls = round(2 * sparse) + (2 * layers - round(sparse) if t > 1 else 0)
+    domains = math.ceil(ranks / domain)
+    reduces = 2.0 * layers if d == 1 else 2.0 * layers - sparse
+    calls = round(reduces) if t > 1 else 0
+    route = crossing = 0.0
+    if t > domain:
+        crossing += reduces * 2.0 * (1.0 - domain / t) * hidden * ACTIVATION_BYTES / domain
+    if d > 1:
+        calls += round(2 * sparse)
+        pair = sparse * hidden / t  # tensor ranks of a data rank share its tokens out before they send them
+        if layout.expert > 1:
+            both = DISPATCH_BYTES + ACTIVATION_BYTES
+            route = pair * both * remote_ranks(model.topk, min(ranks, domain)) * (1 if domains == 1 else 1 / domains)
+            crossing += pair * both * remote_ranks(model.topk, domains)
+        else:
+            route = pair * (d - 1) * 2 * ACTIVATION_BYTES
+            if domains > 1:
+                crossing += route * (1.0 - 1.0 / domains) / min(d, domain)
     stage = hidden * ACTIVATION_BYTES / t if layout.pipeline > 1 else 0.0
-    return Traffic(reduce, route, stage, calls)
+    return Traffic(reduces * ring, route, stage, crossing, calls)

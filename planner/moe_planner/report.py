@@ -53,8 +53,10 @@ class Wire:
 def wire(ask: Ask, option: Option, fresh_share: float) -> Wire:
     """Traffic between the GPUs of one replica. `fresh_share`: of all tokens, those that are computed, not cached."""
     layout, accelerator = option.layout, option.place.accelerator
-    each = exchange.traffic(ask.model, layout).total
-    found = exchange.link(accelerator, layout.tensor * layout.data)
+    group = layout.tensor * layout.data
+    each = exchange.traffic(ask.model, layout, accelerator.domain_gpus).total
+    wide = group > accelerator.domain_gpus
+    found = exchange.network(accelerator, group) if wide else exchange.link(accelerator, group)
     known = found if isinstance(found, exchange.Link) else None
     return Wire(
         bytes_per_token=each,

@@ -10,15 +10,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from moe_planner import exchange, kv
-from moe_planner.catalog import Accelerator, KvGroup, ModelFacts, Precision
+from moe_planner.catalog import Accelerator, Form, KvGroup, ModelFacts, Precision
 from moe_planner.experts import placement, touched
 from moe_planner.weights import Layout, parts, ways
 
 Number = Any
 """A float, or a numpy array of them: the arithmetic below is the same for one layout and for a whole catalog."""
+
+
+Gemm = Literal["16", "8", "4", "dequantised"]
+"""Bits of the operands; `dequantised`: weights of fewer bits, made 16 bits wide on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class Work:
     layers: Number  # of the stage
     linear_bytes: Number  # weights read in every pass, whatever the batch, without experts and head
     linear_flops: Number  # per token of the GPU's own data rank
+    mlp_bytes: Number  # dense and shared feed-forward layers
+    mlp_flops: Number
     head_bytes: Number
     head_flops: Number  # per token that is sampled
     expert_bytes: Number  # all experts that the GPU holds
@@ -56,20 +62,43 @@ class Work:
     cache_bytes: Number  # read for one sequence in a decode step
     decode_flops: Number  # scores and values of one sequence in a decode step
     prefill_flops: Number  # scores and values of one new prompt token, mean over the prompt
-    send_bytes: Number  # per token of the data rank
+    send_bytes: Number  # per token of the data rank, inside an NVLink domain
+    cross_bytes: Number  # and between domains
     calls: Number  # collectives in a pass
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """What the GPU attains, a second: peaks times efficiencies; and overheads in seconds."""
+class Peaks:
+    """A GPU's peaks, a second. Pairs: operations, and the kind of GEMM. `wide`: 16-bit, for head and attention."""
 
     bandwidth: Number
+    link: Number
+    network: Number
+    linear: tuple[Number, Gemm]
+    mlp: tuple[Number, Gemm]
+    wide: tuple[Number, Gemm]
+    experts: tuple[Number, Gemm]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the GPU attains, a second: peaks times efficiencies; and overheads in seconds.
+
+    `spread`: coefficient of variation of the experts' popularity. `wait`: of the work of data ranks in a step.
+    """
+
+    bandwidth: Number
+    cache: Number
     linear_flops: Number
+    mlp_flops: Number
     expert_flops: Number
     head_flops: Number
     core_flops: Number
+    flash_flops: Number
     link: Number
+    network: Number
+    spread: Number
+    wait: Number
     layer_s: Number
     step_s: Number
     sequence_s: Number
@@ -92,6 +121,7 @@ class Parts:
         return self.linear + self.experts + self.core + self.exchange + self.launch
 
 
+@lru_cache(maxsize=4096)
 def context_work(model: ModelFacts, context: float, decode: bool) -> float:
     """Operations of scores and values for one query token over `context` earlier ones, all layers and heads.
 
@@ -118,12 +148,11 @@ def _per_entry(model: ModelFacts, group: KvGroup, decode: bool) -> float:
 
 
 @lru_cache(maxsize=8192)
-def _weights(
-    model: ModelFacts, precision: Precision, layout: Layout
-) -> tuple[float, float, float, float, float, float]:
-    """Bytes and operations per token on a GPU: (linear, head, experts) × (bytes, operations)."""
+def _weights(model: ModelFacts, precision: Precision, layout: Layout) -> tuple[float, ...]:
+    """Bytes and operations per token on a GPU: of linear layers, dense and shared MLPs, the head, experts."""
     stage = math.ceil(model.layers / layout.pipeline) / model.layers
-    linear_bytes = linear_flops = head_bytes = head_flops = expert_bytes = expert_flops = 0.0
+    linear_bytes = linear_flops = mlp_bytes = mlp_flops = head_bytes = head_flops = 0.0
+    expert_bytes = expert_flops = 0.0
     for part in parts(model):
         share = part.params / ways(part, model, layout)
         size = share * precision.bits(part.form) / 8
@@ -133,6 +162,10 @@ def _weights(
             continue  # only rows of it are read
         elif part.form == "experts":
             expert_bytes, expert_flops = stage * size, stage * 2.0 * share * model.topk / model.experts
+        elif part.name in MLP:
+            bits = precision.bits(mlp_form(precision))
+            mlp_bytes += stage * share * bits / 8
+            mlp_flops += stage * 2.0 * share
         else:
             linear_bytes += stage * size
             linear_flops += stage * 2.0 * share
@@ -140,7 +173,7 @@ def _weights(
         # The recurrent state of a delta net: decayed, corrected, written and read for each token (Qwen3-Next).
         state = model.linear_layers * model.linear_value_heads * model.linear_head_dim**2
         linear_flops += stage * 8.0 * state / layout.tensor
-    return linear_bytes, linear_flops, head_bytes, head_flops, expert_bytes, expert_flops
+    return linear_bytes, linear_flops, mlp_bytes, mlp_flops, head_bytes, head_flops, expert_bytes, expert_flops
 
 
 def work(
@@ -152,11 +185,12 @@ def work(
     context: float,
     prompt: float,
     new: float,
+    domain: int,
 ) -> Work:
     """Work of a layout: decode at a mean `context`, and a prompt of `prompt` tokens of which `new` are computed."""
-    linear_bytes, linear_flops, head_bytes, head_flops, expert_bytes, expert_flops = _weights(model, precision, layout)
+    held = _weights(model, precision, layout)
     stage = math.ceil(model.layers / layout.pipeline) / model.layers
-    sent = exchange.traffic(model, layout)
+    sent = exchange.traffic(model, layout, domain)
     before = prompt - new / 2.0
     return Work(
         tensor=layout.tensor,
@@ -167,34 +201,52 @@ def work(
         missed=math.log1p(-model.topk / model.experts) if model.topk < model.experts else -1e9,
         topk=model.topk,
         layers=math.ceil(model.layers / layout.pipeline),
-        linear_bytes=linear_bytes,
-        linear_flops=linear_flops,
-        head_bytes=head_bytes,
-        head_flops=head_flops,
-        expert_bytes=expert_bytes,
-        expert_flops=expert_flops,
-        cache_bytes=kv.sequence_bytes(model, max(1, round(context)), layout, fp8=fp8_cache),
+        linear_bytes=held[0],
+        linear_flops=held[1],
+        mlp_bytes=held[2],
+        mlp_flops=held[3],
+        head_bytes=held[4],
+        head_flops=held[5],
+        expert_bytes=held[6],
+        expert_flops=held[7],
+        cache_bytes=sequence_bytes(model, max(1, round(context)), layout.tensor, layout.pipeline, fp8_cache),
         decode_flops=stage * context_work(model, context, True) / layout.tensor,
         prefill_flops=stage * context_work(model, before, False) / layout.tensor,
-        send_bytes=sent.total,
+        send_bytes=sent.inside,
+        cross_bytes=sent.crossing,
         calls=sent.collectives,
     )
+
+
+@lru_cache(maxsize=8192)
+def sequence_bytes(model: ModelFacts, tokens: int, tensor: int, pipeline: int, fp8: bool) -> float:
+    """Bytes of a sequence's cache on a GPU: what data and expert ranks do not change."""
+    return kv.sequence_bytes(model, tokens, Layout(tensor, pipeline=pipeline), fp8=fp8)
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
     """How tokens spread over experts. `placed`: max/mean of ranks by popularity alone; `gamma`: capacity, if any."""
 
-    placed: float = 1.0
+    placed: float | None = None  # None: by the popularity that the calibration found
     gamma: float | None = None
     touched: Callable[[float], float] | None = None  # share of experts that so many tokens touch; None: uniform
 
+    def share(self, w: Work, tokens: Number, ops: Ops = SCALAR) -> Number:
+        """Share of a layer's experts that `tokens` tokens of all data ranks touch."""
+        return self.touched(tokens) if self.touched is not None else 1.0 - ops.exp(tokens * w.missed)
 
-EVEN = Routing()
+
+USUAL = Routing()
 
 
-def routing(model: ModelFacts, layout: Layout, skew: float, gamma: float | None) -> Routing:
-    """Routing with Zipf-distributed popularity of exponent `skew` under capacity γ."""
+def routing(model: ModelFacts, layout: Layout, skew: float, gamma: float | None, redundant: int) -> Routing:
+    """Routing with Zipf-distributed popularity of exponent `skew` under capacity γ; 0: as the calibration found it.
+
+    Redundant experts are taken to balance ranks (DeepSeek's EPLB: 0.997 of even when fresh).
+    """
+    if redundant and layout.expert > 1:
+        return Routing(placed=1.0, gamma=gamma)
     if not skew:
         return Routing(gamma=gamma)
     ranks = layout.tensor * layout.data if layout.expert > 1 else 1
@@ -205,47 +257,58 @@ def routing(model: ModelFacts, layout: Layout, skew: float, gamma: float | None)
     )
 
 
-def seconds(w: Work, r: Rates, tokens: Number, core: Number, sampled: Number, route: Routing, ops: Ops) -> Parts:
-    """Seconds of one pass of `tokens` tokens of each data rank; `core`: (bytes, operations) of attention in it."""
-    core_bytes, core_flops = core
+def seconds(
+    w: Work, r: Rates, tokens: Number, core: tuple[Number, Number], sampled: Number, route: Routing, ops: Ops
+) -> Parts:
+    """Seconds of one pass of `tokens` tokens of each data rank; `core`: seconds of attention (reading, computing)."""
     group = tokens * w.data
-    share = route.touched(group) if route.touched is not None else 1.0 - ops.exp(group * w.missed)
+    share = route.share(w, group, ops)
     mean = ops.maximum(group * w.topk / w.expert_ranks, 1e-9)
     # The largest of several near-Poisson loads: experts.straggler, here for numbers and arrays alike.
-    factor = ops.minimum(route.placed + ops.sqrt(2.0 * ops.log(w.expert_ranks) / mean), 1.0 * w.expert_ranks)
+    extreme = ops.sqrt(2.0 * ops.log(w.expert_ranks))
+    placed = 1.0 + r.spread * extreme * ops.sqrt(w.expert_ranks / w.experts) if route.placed is None else route.placed
+    factor = ops.minimum(placed + extreme / ops.sqrt(mean), 1.0 * w.expert_ranks)
     if route.gamma is not None:
         factor = ops.maximum(ops.minimum(factor, route.gamma), 1.0)
     linear_read = w.linear_bytes / r.bandwidth
     linear_work = tokens * w.linear_flops / r.linear_flops
     head_read, head_work = w.head_bytes / r.bandwidth, sampled * w.head_flops / r.head_flops
-    linear = ops.maximum(linear_read, linear_work) + ops.maximum(head_read, head_work)
+    mlp_read, mlp_work = w.mlp_bytes / r.bandwidth, tokens * w.mlp_flops / r.mlp_flops
+    linear = ops.maximum(linear_read, linear_work) + ops.maximum(mlp_read, mlp_work) + ops.maximum(head_read, head_work)
     expert_read = ops.minimum(share * factor, 1.0) * w.expert_bytes / r.bandwidth
     expert_work = group * factor * w.expert_flops / r.expert_flops
     experts = ops.maximum(expert_read, expert_work)
-    core_read, core_work = core_bytes / r.bandwidth, core_flops / r.core_flops
+    core_read, core_work = core
     attention = ops.maximum(core_read, core_work)
-    sent = tokens * w.send_bytes / r.link + w.calls * r.call_s
+    busy = linear + experts + attention
+    # Between domains two halves of a batch take turns: one computes while the other is on its way.
+    crossing = ops.maximum(tokens * w.cross_bytes / r.network - busy, 0.0)
+    waiting = busy * r.wait * ops.sqrt(2.0 * ops.log(w.data))
+    sent = tokens * w.send_bytes / r.link + w.calls * r.call_s + crossing + waiting
     launch = w.layers * r.layer_s + r.step_s + sampled * r.sequence_s
     computing = (
-        _won(linear_work, linear_read, ops) + _won(expert_work, expert_read, ops) + _won(core_work, core_read, ops)
+        _won(linear_work, linear_read)
+        + _won(mlp_work, mlp_read)
+        + _won(expert_work, expert_read)
+        + _won(core_work, core_read)
     )
     return Parts(linear, experts, attention, sent, launch, computing)
 
 
-def _won(work_s: Number, read_s: Number, ops: Ops) -> Number:
+def _won(work_s: Number, read_s: Number) -> Number:
     """Seconds of a part whose arithmetic takes longer than its reading, else nothing."""
     return work_s * (work_s > read_s)
 
 
-def decode(w: Work, r: Rates, sequences: Number, route: Routing = EVEN, ops: Ops = SCALAR) -> Parts:
+def decode(w: Work, r: Rates, sequences: Number, route: Routing = USUAL, ops: Ops = SCALAR) -> Parts:
     """One decode step of a stage with `sequences` sequences on each data rank."""
-    core = (sequences * w.cache_bytes, sequences * w.decode_flops)
+    core = (sequences * w.cache_bytes / r.cache, sequences * w.decode_flops / r.core_flops)
     return seconds(w, r, sequences, core, sequences, route, ops)
 
 
-def prefill(w: Work, r: Rates, tokens: Number, route: Routing = EVEN, ops: Ops = SCALAR) -> Parts:
+def prefill(w: Work, r: Rates, tokens: Number, route: Routing = USUAL, ops: Ops = SCALAR) -> Parts:
     """One pass of `tokens` prompt tokens on each data rank; of the cache only what it writes moves."""
-    return seconds(w, r, tokens, (0.0, tokens * w.prefill_flops), 0.0, route, ops)
+    return seconds(w, r, tokens, (0.0, tokens * w.prefill_flops / r.flash_flops), 0.0, route, ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +329,7 @@ def cycle(
     new: Number,
     output: Number,
     chunk: Number,
-    route: Routing = EVEN,
+    route: Routing = USUAL,
     ops: Ops = SCALAR,
 ) -> Cycle:
     """Closed form: while a sequence yields `output` tokens, each of the rank's others ends and is replaced once.
@@ -280,20 +343,30 @@ def cycle(
     step_s = step.total * w.pipeline
     tokens = ops.maximum(ops.minimum(own * new, chunk), 1.0)
     prompt_s = new * prefill(w, r, tokens, route, ops).total / tokens
-    return Cycle(running, step, step_s, prompt_s, own * prompt_s + output * step_s)
+    # Where ranks are more than sequences, those that are busy have one each.
+    return Cycle(running, step, step_s, prompt_s, ops.maximum(own, 1.0) * prompt_s + output * step_s)
 
 
-def operand_bytes(precision: Precision, form: str, accelerator: Accelerator) -> float:
-    """Bytes of an operand as the GEMM takes it: the widths of its weights and activations, where the GPU has them.
+MLP = frozenset({"dense layers", "shared experts"})
 
-    Formats that quantise weights alone (AWQ, GPTQ, NF4) compute in 16 bits. MXFP4 weights meet FP8 activations where
-    the GPU has FP4 units, and 16 bits elsewhere.
+
+def mlp_form(precision: Precision) -> Form:
+    """Form of dense and shared feed-forward layers: NVFP4 checkpoints quantise them with the experts."""
+    return "experts" if precision.name == "nvfp4" else "linear"
+
+
+def gemm(precision: Precision, form: Form, accelerator: Accelerator) -> Gemm:
+    """How a GEMM computes: by the widths of its weights and activations, where the GPU has units for them.
+
+    Formats that quantise weights alone (AWQ, GPTQ, NF4) are made 16 bits wide on the way. MXFP4 weights meet FP8
+    activations where the GPU has FP4 units, and 16 bits elsewhere.
     """
-    if form == "experts":
-        fp4 = 0.5 in accelerator.flops
-        wanted = {"nvfp4": 0.5, "mxfp4": 1.0 if fp4 else 2.0, "mxfp4-fp8": 1.0, "fp8": 1.0, "int8": 1.0}
-        width = wanted.get(precision.name, 2.0)
-    else:
-        bits = precision.bits("linear")
-        width = 1.0 if 7.5 < bits < 9 else 2.0
-    return min((known for known in accelerator.flops if known >= width), default=width)
+    bits = precision.bits(form)
+    if bits > 12:
+        return "16"
+    if precision.name in ("fp8", "int8") or (precision.name == "mxfp4-fp8"):
+        return "8" if 1.0 in accelerator.flops else "dequantised"
+    fp4 = 0.5 in accelerator.flops
+    if precision.name == "nvfp4" and fp4:
+        return "4"
+    return "8" if precision.name == "mxfp4" and fp4 else "dequantised"

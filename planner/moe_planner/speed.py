@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_planner import calibration, exchange, memory, roofline
 from moe_planner.calibration import Factors
 from moe_planner.catalog import Accelerator, Catalog, Precision
 from moe_planner.memory import Ask
-from moe_planner.roofline import Cycle, Rates, Work
+from moe_planner.roofline import Gemm, Peaks, Routing, Work
 from moe_planner.weights import Layout
+
+YIELDED = 0.75
+"""Share of its output that a sequence's room is counted with: half is there on average, and engines keep some back so
+that sequences need not be evicted."""
 
 
 class SpeedUnknown(Exception):
@@ -65,42 +69,73 @@ class Speed:
     batched_tokens: int = 0  # of a step, as memory allows
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything of a prediction that no factor changes."""
+
+    ask: Ask
+    layout: Layout
+    load: Load
+    work: Work
+    peaks: Peaks
+    route: Routing
+    batched_tokens: int
+    running: float  # sequences of the replica that run at once
+
+
 def predict(ask: Ask, layout: Layout, load: Load, catalog: Catalog, factors: Factors | None = None) -> Speed:
-    """Speed of one replica. Raises SpeedUnknown."""
-    known = factors or calibration.packaged()
-    rates = rates_of(ask.accelerator, ask.precision, layout, known)
-    w = work_of(ask, layout, load)
+    """Speed of one replica in steady state. Raises SpeedUnknown."""
+    return finish(prepare(ask, layout, load, catalog), factors or calibration.packaged())
+
+
+def prepare(ask: Ask, layout: Layout, load: Load, catalog: Catalog) -> Prepared:
+    """What a layout does under a load. Raises SpeedUnknown."""
+    peaks = peaks_of(ask.accelerator, ask.precision, layout)
     chunk, cache = room(ask, layout, catalog)
-    most = sequences(ask, layout, cache, load) * layout.data
+    most = sequences(ask, layout, cache, load, YIELDED) * layout.data
     if most < 1.0:
         raise SpeedUnknown(
             f"{ask.model.key} in {ask.precision.name} on {layout.gpus} × {ask.accelerator.name} ({layout}): no room"
             f" for a sequence of {load.input_tokens + load.output_tokens:,.0f} tokens: take more GPUs or a smaller form"
         )
+    route = roofline.routing(ask.model, layout, load.skew, load.gamma, ask.redundant)
     running = min(float(load.concurrency), most)
-    route = roofline.routing(ask.model, layout, load.skew, load.gamma)
-    turn = roofline.cycle(w, rates, running, load.new_tokens, load.output_tokens, chunk, route)
-    return _speed(ask, layout, load, turn, w, known.error, chunk)
+    return Prepared(ask, layout, load, work_of(ask, layout, load), peaks, route, chunk, running)
 
 
-def rates_of(accelerator: Accelerator, precision: Precision, layout: Layout, factors: Factors) -> Rates:
-    """What one GPU attains. Raises SpeedUnknown where a peak is not known."""
+def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout) -> Peaks:
+    """Peaks of one GPU for a form of weights. Raises SpeedUnknown where one is not known."""
     if accelerator.bandwidth_bytes_s is None:
         raise _unknown(accelerator, "bandwidth_gb_s")
     if not accelerator.flops:
         raise _unknown(accelerator, "tflops_16bit")
-    peaks = []
-    for form in ("linear", "head", "experts", "core"):
-        width = 2.0 if form in ("head", "core") else roofline.operand_bytes(precision, form, accelerator)
-        peak = accelerator.flops.get(width)
-        if peak is None:
-            raise _unknown(accelerator, "tflops_16bit" if width >= 2 else "tflops_8bit")
-        peaks.append((peak, width))
-    found = exchange.link(accelerator, layout.tensor * layout.data)
-    if isinstance(found, str):
-        raise _unknown(accelerator, found)
-    linear, head, experts, core = peaks
-    return factors.rates(accelerator.bandwidth_bytes_s, found.bytes_s, linear, head, experts, core)
+    link = exchange.link(accelerator, layout.gpus)
+    network = exchange.network(accelerator, layout.tensor * layout.data)
+    if isinstance(link, str) or isinstance(network, str):
+        raise _unknown(accelerator, link if isinstance(link, str) else str(network))
+    linear, mlp, experts = (
+        roofline.gemm(precision, form, accelerator) for form in ("linear", roofline.mlp_form(precision), "experts")
+    )
+    return Peaks(
+        bandwidth=accelerator.bandwidth_bytes_s,
+        link=link.bytes_s,
+        network=network.bytes_s,
+        linear=_peak(accelerator, linear),
+        mlp=_peak(accelerator, mlp),
+        wide=_peak(accelerator, "16"),
+        experts=_peak(accelerator, experts),
+    )
+
+
+def _peak(accelerator: Accelerator, kind: Gemm) -> tuple[float, Gemm]:
+    """Operations a second. A 16-bit peak that is not known is half the 8-bit one."""
+    width = {"4": 0.5, "8": 1.0}.get(kind, 2.0)
+    peak = accelerator.flops.get(width)
+    if peak is None and width == 2.0 and 1.0 in accelerator.flops:
+        peak = accelerator.flops[1.0] / 2.0
+    if peak is None:
+        raise _unknown(accelerator, {2.0: "tflops_16bit", 1.0: "tflops_8bit"}.get(width, "tflops_4bit"))
+    return peak, kind
 
 
 def _unknown(accelerator: Accelerator, figure: str) -> SpeedUnknown:
@@ -118,52 +153,75 @@ def work_of(ask: Ask, layout: Layout, load: Load) -> Work:
         context=context,
         prompt=load.input_tokens,
         new=load.new_tokens,
+        domain=ask.accelerator.domain_gpus,
     )
+
+
+def fixed_bytes(ask: Ask, layout: Layout, catalog: Catalog) -> list[float]:
+    """Bytes of a GPU that are not cache, for each size of step that the engine takes.
+
+    Where data ranks exchange tokens all to all, a rank receives what is routed to it, and not every rank's tokens as
+    the fit check has it.
+    """
+    engine = catalog.engine
+    placed = memory.place(ask, layout, engine.batched_tokens[0], engine)
+    held = placed.fixed - placed.activations
+    alone = replace(layout, data=1) if layout.expert > 1 else layout
+    seqs = ask.active_seqs or engine.active_seqs
+    return [held + memory.activation_bytes(ask.model, alone, step, min(seqs, step)) for step in engine.batched_tokens]
 
 
 def room(ask: Ask, layout: Layout, catalog: Catalog) -> tuple[int, float]:
     """Tokens of a step and bytes of cache a GPU: the largest step of the engine's that leaves most of the cache.
 
-    A step twice as large is worth a tenth of the cache at most: decode batches live from it.
+    A step twice as large is worth a tenth of the cache at most: decode batches live from it. A size of the cache that
+    is set stands.
     """
     engine = catalog.engine
-    tried = [(step, memory.place(ask, layout, step, engine).cache) for step in engine.batched_tokens]
+    placed = memory.place(ask, layout, engine.batched_tokens[0], engine)
+    whole = placed.cache + placed.fixed
+    tried = [
+        (step, whole - fixed)
+        for step, fixed in zip(engine.batched_tokens, fixed_bytes(ask, layout, catalog), strict=True)
+    ]
     best = max(cache for _, cache in tried)
-    return next((step, cache) for step, cache in tried if cache >= 0.9 * best or cache == best)
+    step, cache = next((step, cache) for step, cache in tried if cache >= 0.9 * best or cache == best)
+    return step, cache if ask.cache_bytes is None else min(cache, float(ask.cache_bytes))
 
 
-def sequences(ask: Ask, layout: Layout, cache: float, load: Load) -> float:
-    """Sequences that the cache of a rank holds, each with all that it will yield, and that the engine admits."""
-    tokens = math.ceil(load.input_tokens + load.output_tokens)
-    most = max(0.0, cache) / memory.sequence_bytes(ask, layout, tokens, 0)
+def room_of_sequence(ask: Ask, layout: Layout, load: Load, yielded: float = 1.0) -> float:
+    """Bytes of cache that a sequence is counted with; `yielded`: share of its output that it has room for."""
+    tokens = math.ceil(load.input_tokens + load.output_tokens * yielded)
+    return roofline.sequence_bytes(ask.model, tokens, layout.tensor, layout.pipeline, ask.fp8_cache)
+
+
+def sequences(ask: Ask, layout: Layout, cache: float, load: Load, yielded: float = 1.0) -> float:
+    """Sequences that the cache of a rank holds, and that the engine admits."""
+    most = max(0.0, cache) / room_of_sequence(ask, layout, load, yielded)
     return most if ask.active_seqs is None else min(most, float(ask.active_seqs))
 
 
-def _speed(ask: Ask, layout: Layout, load: Load, turn: Cycle, w: Work, error: float, chunk: int) -> Speed:
+def finish(at: Prepared, factors: Factors) -> Speed:
+    """The speed that factors give. Pure."""
+    layout, load, w = at.layout, at.load, at.work
+    turn = roofline.cycle(
+        w, factors.rates(at.peaks), at.running, load.new_tokens, load.output_tokens, at.batched_tokens, at.route
+    )
     output = turn.running * load.output_tokens / turn.total_s
     waiting = max(0.0, load.concurrency - turn.running)
-    queued_s = waiting * turn.total_s / turn.running
-    accelerator, step = ask.accelerator, turn.step
+    step = turn.step
     batch = max(turn.running / layout.data / layout.pipeline, 1.0 / layout.data)
-    tokens = batch * layout.data
-    share = 1.0 - math.exp(tokens * w.missed)
-    read = w.linear_bytes + w.head_bytes + share * w.expert_bytes + batch * w.cache_bytes
-    each = w.linear_flops + w.expert_flops * layout.data
-    done = (turn.running / layout.data) * (
-        load.output_tokens * (each + w.head_flops + w.decode_flops) + load.new_tokens * (each + w.prefill_flops)
-    )
-    width = roofline.operand_bytes(ask.precision, "experts", accelerator)
     reading = step.linear + step.experts + step.core - step.computing
     limits = {"memory": reading, "compute": step.computing, "exchange": step.exchange, "launch": step.launch}
     return Speed(
         prefill_tokens_per_s=layout.data * load.new_tokens / turn.prompt_s,
         output_tokens_per_s=output,
         total_tokens_per_s=output * (load.input_tokens + load.output_tokens) / load.output_tokens,
-        ttft_s=queued_s + turn.prompt_s * layout.pipeline + turn.step_s,
+        ttft_s=waiting * turn.total_s / turn.running + turn.prompt_s * layout.pipeline + turn.step_s,
         itl_s=(turn.total_s - turn.prompt_s) / load.output_tokens,
         step_s=turn.step_s,
-        s_mbu=read / (step.total * (accelerator.bandwidth_bytes_s or math.inf)),
-        s_mfu=done / (turn.total_s * accelerator.flops[width]),
+        s_mbu=_read(w, batch, at.route) / (step.total * at.peaks.bandwidth),
+        s_mfu=_done(w, load, turn.running / layout.data) / (turn.total_s * at.peaks.experts[0]),
         bound=max(limits, key=lambda name: limits[name]),
         parts={
             "linear": step.linear * layout.pipeline,
@@ -172,8 +230,46 @@ def _speed(ask: Ask, layout: Layout, load: Load, turn: Cycle, w: Work, error: fl
             "exchange": step.exchange * layout.pipeline,
             "launch": step.launch * layout.pipeline,
         },
-        low=output * math.exp(-error),
-        high=output * math.exp(error),
+        low=output * math.exp(-factors.error),
+        high=output * math.exp(factors.error),
         running=turn.running,
-        batched_tokens=chunk,
+        batched_tokens=at.batched_tokens,
     )
+
+
+def _read(w: Work, batch: float, route: Routing) -> float:
+    """Bytes that a decode step must read on a GPU: MoE-CAP's S_active + S_KV."""
+    return float(
+        w.linear_bytes + w.head_bytes + route.share(w, batch * w.data) * w.expert_bytes + batch * w.cache_bytes
+    )
+
+
+def _done(w: Work, load: Load, sequences_of_rank: float) -> float:
+    """Operations of a GPU in one cycle: MoE-CAP's F_attn + 2·N_router + 2k·N_expert for each token, and the head."""
+    each = w.linear_flops + w.mlp_flops + w.expert_flops * w.data
+    decoded = load.output_tokens * (each + w.head_flops + w.decode_flops)
+    return float(sequences_of_rank * (decoded + load.new_tokens * (each + w.prefill_flops)))
+
+
+def burst_s(at: Prepared, factors: Factors, requests: float, *, spread: bool) -> float:
+    """Seconds until the last of `requests` that are sent at once has ended.
+
+    As many run as in steady state while others wait; then the batch drains. `spread`: output lengths are spread as in
+    recorded conversations, taken as exponential, so that the batch shrinks as e^(−t/mean); else they are all alike
+    and end together.
+    """
+    rates, load = factors.rates(at.peaks), at.load
+    running = min(at.running, requests)
+    turn = roofline.cycle(at.work, rates, running, load.new_tokens, load.output_tokens, at.batched_tokens, at.route)
+    waves_s = float(turn.total_s * requests / running)
+    if not spread or running <= 1.0:
+        return waves_s
+    # ∫ step(n) dn/n from 1 to the batch: midpoints, evenly spaced in ln n.
+    points = 16
+    width = math.log(running) / points
+    drain = 0.0
+    for index in range(points):
+        left = running * math.exp(-(index + 0.5) * width)
+        batch = max(left / at.layout.data / at.layout.pipeline, 1.0 / at.layout.data)
+        drain += float(roofline.decode(at.work, rates, batch, at.route).total) * at.layout.pipeline * width
+    return waves_s + load.output_tokens * max(0.0, drain - float(turn.step_s))

@@ -1,0 +1,122 @@
+"""How fast the planner sweeps its catalog, and how far its speeds lie from published runs that it was not fitted to.
+
+    python -m benchmarks.planner [--runs FILE] [--quick]
+    python -m benchmarks.planner --fit [--runs FILE]
+
+Sources are split before anything is fitted, by the rule of `moe_planner.fitting.split`. `--fit` fits the calibration to
+the one side, cross-validates it over sources, and writes planner/moe_planner/data/calibration.toml; without it the
+packaged calibration is judged. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from moe_planner import calibration, catalog, fitting, published, sweep
+from moe_planner.check import check as judge
+from moe_planner.check import groups, summary
+from moe_planner.published import Case
+from moe_planner.speed import Load
+
+RUNS = Path(__file__).with_name("published_runs.csv")
+DATA = Path(__file__).parent.parent / "planner" / "moe_planner" / "data" / calibration.FILE
+LOAD = Load(input_tokens=1024, output_tokens=512, concurrency=64)
+ROUNDS = 5
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Judge, or fit and then judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=RUNS, help="a table of published runs")
+    parser.add_argument("--fit", action="store_true", help="fit the calibration anew and write it: minutes")
+    parser.add_argument("--quick", action="store_true", help="sweep one round: shows that it works")
+    options = parser.parse_args(arguments)
+    text = options.runs.read_text(encoding="utf-8")
+    if options.fit:
+        DATA.write_text(fitted(text), encoding="utf-8")
+        calibration.packaged.cache_clear()
+    print(json.dumps(measure(text, 1 if options.quick else ROUNDS)))
+
+
+def measure(text: str, rounds: int) -> dict[str, object]:
+    """The benchmark's figures."""
+    side = fitting.split(published.read(text))
+    factors = calibration.packaged()
+    report = judge(text, catalog.packaged(), factors, side.fitted)
+    for source, told in groups(report.throughput, "source").items():
+        mark = "fitted" if source in side.fitted else "held out"
+        print(f"{told.median:6.1%} {told.worst:7.1%} {told.bias:+7.1%} {told.rows:4}  {mark}: {source}")
+    held_out = summary(report.held_out)
+    if held_out is None:
+        raise SystemExit("no row of the table is held out")
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        found = sweep.sweep(catalog.packaged(), LOAD, factors)
+        taken.append(time.perf_counter() - start)
+    fits = [row for row in report.fits if not row.right]
+    return {
+        "sweep_s": taken[0],
+        "sweep_again_s": min(taken),
+        "sweep_points": int(found.output_tokens_per_s.size),
+        "held_out_median_error": held_out.median,
+        "held_out_worst_error": held_out.worst,
+        "n_held_out": held_out.rows,
+        "held_out_sources": sorted(groups(report.held_out, "source")),
+        "fitted_sources": sorted({row.case.source for row in report.throughput if row.fitted}),
+        "fits_right": [len(report.fits) - len(fits), len(report.fits)],
+        "not_predicted": len(report.skipped),
+    }
+
+
+def fitted(text: str) -> str:
+    """The calibration file for a table of runs."""
+    rows = published.read(text)
+    side = fitting.split(rows)
+    cases = [case for case in published.cases(rows, catalog.packaged()) if isinstance(case, Case) and case.throughput]
+    used = [case for case in cases if case.source in side.fitted]
+    others = [case for case in cases if case.source in side.held_out]
+    factors = fitting.fit(used)
+    left_out = np.abs(fitting.cross_validate(used))
+    errors = fitting.errors(others, factors)
+    # One sigma of ln(prediction / value), whatever the shape of the tails.
+    error = float(np.quantile(np.abs(np.log1p(errors)), 0.683))
+    lines = [
+        "# Written by `python -m benchmarks.planner --fit`: do not edit. docs/speed.md says what each factor is.",
+        "",
+        "[factors]",
+        *(f"{name} = {getattr(factors, name):.6g}" for name in calibration.BOUNDS),
+        "",
+        "# An engine's time over TensorRT-LLM's; amd: the same for that maker's accelerators.",
+        "[engines]",
+        *(f"{name} = {value:.6g}" for name, value in sorted(factors.engines.items())),
+        "",
+        "# One sigma of ln(prediction / value) over sources that were only predicted.",
+        "[held_out]",
+        f"error = {error:.4g}",
+        f"median = {float(np.median(np.abs(errors))):.4g}",
+        f"worst = {float(np.max(np.abs(errors))):.4g}",
+        *_sources(others),
+        "",
+        "[fitted]",
+        f"median = {float(np.median(np.abs(fitting.errors(used, factors)))):.4g}",
+        f"cross_validated_median = {float(np.median(left_out)):.4g}",
+        f"cross_validated_worst = {float(np.max(left_out)):.4g}",
+        *_sources(used),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sources(cases: list[Case]) -> list[str]:
+    names = sorted({case.source for case in cases})
+    rows = ", ".join(json.dumps(case.row["id"]) for case in cases)
+    return ["sources = [", *(f"  {json.dumps(name, ensure_ascii=False)}," for name in names), "]", f"rows = [{rows}]"]
+
+
+if __name__ == "__main__":
+    main()

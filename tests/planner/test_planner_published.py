@@ -1,0 +1,344 @@
+"""Published runs: how rows are read, what is skipped and why, the split of sources, and the calibration from them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.planner import RUNS
+from moe_cli.outcome import Refusal
+from moe_cli.plan_check import check as command
+from moe_planner import calibration, catalog, fitting, published
+from moe_planner.calibration import BOUNDS
+from moe_planner.check import Report, check, document, groups, summary
+from moe_planner.published import Case, FitCase, Skipped, TableInvalid
+from moe_planner.weights import Layout
+
+CATALOG = catalog.packaged()
+HEADER = [
+    *("id", "model", "precision", "engine", "engine_version", "hardware", "gpus", "tp", "dp", "ep", "pp"),
+    *("disaggregated(yes/no)", "input_tokens", "output_tokens", "concurrency_or_batch", "metric", "value", "date"),
+    *("source", "confidence", "note"),
+]
+ROW = {
+    "id": "A1",
+    "model": "Qwen3-235B-A22B",
+    "precision": "FP8",
+    "engine": "vLLM",
+    "hardware": "H100-80GB",
+    "gpus": "8",
+    "tp": "8",
+    "input_tokens": "1000",
+    "output_tokens": "1000",
+    "concurrency_or_batch": "64",
+    "metric": "output_tok_s_total",
+    "value": "2000",
+    "source": "somebody",
+}
+
+
+def table(*rows: dict[str, str]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HEADER, restval="")
+    writer.writeheader()
+    writer.writerows({**ROW, **row} for row in rows)
+    return text.getvalue()
+
+
+def only(**columns: str) -> Case | FitCase | Skipped:
+    (found,) = published.cases(published.read(table(columns)), CATALOG)
+    return found
+
+
+def case(**columns: str) -> Case:
+    found = only(**columns)
+    assert isinstance(found, Case), found
+    return found
+
+
+READ = {
+    "an organisation before the model": ({"model": "Qwen/Qwen3-235B-A22B"}, "qwen3-235b-a22b", "fp8", "nvidia-h100"),
+    "a date after it": ({"model": "DeepSeek-R1-0528", "hardware": "H200"}, "deepseek-v3", "fp8", "nvidia-h200"),
+    "two names of one shape": ({"model": "DeepSeek-V3/R1", "hardware": "H200"}, "deepseek-v3", "fp8", "nvidia-h200"),
+    "a short name": ({"model": "Mixtral-8x7B", "precision": "FP16"}, "mixtral-8x7b", "bf16", "nvidia-h100"),
+    "a version is no suffix of another": (
+        {"model": "DeepSeek-V3.2", "hardware": "H200"},
+        "deepseek-v3.2",
+        "fp8",
+        "nvidia-h200",
+    ),
+    "a rack": (
+        {"hardware": "GB200-186GB (NVL72)", "precision": "NVFP4"},
+        "qwen3-235b-a22b",
+        "nvfp4",
+        "nvidia-gb200",
+    ),
+    "words around the GPU": ({"hardware": "H100-80GB + IB"}, "qwen3-235b-a22b", "fp8", "nvidia-h100"),
+    "experts and the rest named apart": (
+        {"model": "DeepSeek-V4-Pro", "precision": "FP4 experts + FP8 (~865 GB)", "hardware": "B200"},
+        "deepseek-v4-pro",
+        "mxfp4-fp8",
+        "nvidia-b200",
+    ),
+}
+
+
+@pytest.mark.parametrize("wanted", READ.values(), ids=READ)
+def test_names_are_read(wanted: tuple[dict[str, str], str, str, str]) -> None:
+    columns, model, precision, accelerator = wanted
+    found = case(**columns)
+    assert (found.model.key, found.precision.name, found.accelerator.name) == (model, precision, accelerator)
+
+
+LAYOUTS = {
+    "tensor": ({"tp": "8", "ep": "1"}, [Layout(8)]),
+    "tensor and expert": ({"tp": "8", "ep": "8"}, [Layout(8, expert=8)]),
+    "attention data parallel": ({"tp": "1", "dp": "8", "ep": "8"}, [Layout(1, 8, 8)]),
+    "both told of the same GPUs: data counts": ({"tp": "8", "dp": "8", "ep": "8"}, [Layout(1, 8, 8)]),
+    "SGLang's word": ({"tp": "8", "dp": "dp-attn", "ep": "8"}, [Layout(1, 8, 8)]),
+    "stages": ({"tp": "4", "pp": "2", "ep": "1"}, [Layout(4, pipeline=2)]),
+    "replicas side by side": ({"tp": "4", "gpus": "8", "ep": "1"}, [Layout(4)]),
+    "the note enables attention DP": ({"note": "options also enable attention DP"}, [Layout(1, 8, 8)]),
+    "the note denies it": ({"ep": "1", "note": "defaults, no attention DP"}, [Layout(8)]),
+    "on some points": ({"note": "DP attention on the high-concurrency points"}, [Layout(8), Layout(1, 8, 8)]),
+}
+
+
+@pytest.mark.parametrize("wanted", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_are_read(wanted: tuple[dict[str, str], list[Layout]]) -> None:
+    columns, layouts = wanted
+    assert [option.layout for option in case(**columns).options] == layouts
+
+
+def test_without_parallelism_the_fastest_layout_is_taken_and_said() -> None:
+    found = case(tp="", gpus="16", hardware="H200-141GB")
+    assert found.assumed == ("the fastest layout",)
+    assert all(16 % option.layout.gpus == 0 and option.layout.gpus <= 8 for option in found.options)
+    known = calibration.packaged()
+    alone = [published.predict(replace(found, options=(option,)), known) for option in found.options]
+    assert published.predict(found, known) == max(alone)
+
+
+METRICS = {
+    "all GPUs": ("output_tok_s_total", {}, "output", 2000.0),
+    "each GPU": ("output_tok_s_per_gpu", {}, "output", 16_000.0),
+    "input and output": ("total_tok_s_per_gpu", {}, "total", 16_000.0),
+    "prompts": ("input_tok_s_per_gpu", {}, "input", 16_000.0),
+    "a decode pool": ("output_tok_s_per_gpu", {"disaggregated(yes/no)": "yes"}, "decode", 16_000.0),
+    "milliseconds": ("tpot_ms_p50", {}, "itl", 2.0),
+    "first token": ("ttft_ms_mean", {}, "ttft", 2.0),
+}
+
+
+@pytest.mark.parametrize("wanted", METRICS.values(), ids=METRICS)
+def test_metrics_are_read_by_name(wanted: tuple[str, dict[str, str], str, float]) -> None:
+    metric, columns, kind, value = wanted
+    found = case(metric=metric, **columns)
+    assert (found.metric, found.value) == (kind, pytest.approx(value))
+    assert found.throughput == (kind not in ("itl", "ttft"))
+
+
+def test_total_counts_prompts_and_output() -> None:
+    known = calibration.packaged()
+    output = published.predict(case(input_tokens="3000"), known)
+    total = published.predict(case(input_tokens="3000", metric="total_tok_s_total"), known)
+    assert total == pytest.approx(4 * output)
+
+
+LOADS = {
+    "a number": ({"concurrency_or_batch": "64"}, 64),
+    "for each GPU": ({"concurrency_or_batch": "16/GPU"}, 128),
+    "queued": ({"concurrency_or_batch": "max load (1000-3000 requests queued)"}, 1732),
+    "offline": ({"concurrency_or_batch": "Offline"}, published.UNLIMITED),
+    "at most": ({"concurrency_or_batch": "<=128"}, 128),
+}
+
+
+@pytest.mark.parametrize("wanted", LOADS.values(), ids=LOADS)
+def test_loads_are_read(wanted: tuple[dict[str, str], int]) -> None:
+    columns, concurrency = wanted
+    assert case(**columns).options[0].load.concurrency == concurrency
+
+
+def test_lengths_of_recorded_conversations_spread_and_a_burst_is_slower_than_steady_state() -> None:
+    known = calibration.packaged()
+    columns = {"input_tokens": "ShareGPT ~216", "output_tokens": "197", "concurrency_or_batch": "1000"}
+    burst = case(**columns, note="all requests sent at once (burst)")
+    assert (burst.requests, burst.spread) == (1000.0, True)
+    assert burst.options[0].load.input_tokens == 216
+    steady = case(**{**columns, "input_tokens": "216"})
+    assert published.predict(burst, known) < published.predict(steady, known)
+
+
+def test_a_server_run_keeps_its_latency() -> None:
+    known = calibration.packaged()
+    offline = case(concurrency_or_batch="Offline")
+    server = case(concurrency_or_batch="Server", note=">=40 tok/s/user at p99")
+    assert server.itl_limit_s == pytest.approx(0.025)
+    assert published.predict(server, known) < published.predict(offline, known)
+
+
+SKIPPED = {
+    "an unknown model": ({"model": "Nobody-7B"}, "model: Nobody-7B"),
+    "an unknown GPU": ({"hardware": "Abacus"}, "hardware: Abacus"),
+    "an unknown metric": ({"metric": "peak_online_tok_s_total"}, "metric: peak_online"),
+    "no number": ({"value": "fast"}, "value: fast"),
+    "a negative value": ({"value": "-3"}, "value: -3"),
+    "no GPUs": ({"gpus": ""}, "gpus: blank"),
+    "a layout that does not make the GPUs": ({"tp": "3"}, "tp, dp, pp"),
+    "no prompt": ({"input_tokens": ""}, "input_tokens"),
+    "no output": ({"output_tokens": ""}, "output_tokens"),
+    "no load": ({"concurrency_or_batch": ""}, "concurrency_or_batch: not given"),
+    "no limit of a server run": ({"concurrency_or_batch": "Server"}, "latency limit"),
+    "speculative decoding": ({"note": "min-latency, MTP-3"}, "speculative"),
+    "shared pools": ({"metric": "total_tok_s_per_gpu", "disaggregated(yes/no)": "yes"}, "disaggregated"),
+    "no room at all": ({"gpus": "1", "tp": "1", "precision": "BF16"}, "no room"),
+    "an unknown form of weights": ({"precision": "FP3"}, "precision: FP3"),
+}
+
+
+@pytest.mark.parametrize("wanted", SKIPPED.values(), ids=SKIPPED)
+def test_what_is_not_predicted_has_its_reason(wanted: tuple[dict[str, str], str]) -> None:
+    columns, why = wanted
+    found = only(**columns)
+    assert isinstance(found, Skipped)
+    assert why in found.why
+
+
+FITS = {
+    "V4-Pro not on eight H100": ({"model": "DeepSeek-V4-Pro", "precision": "FP4 experts + FP8", "tp": ""}, "0", True),
+    "and whoever saw it there is contradicted": ({"model": "DeepSeek-V4-Pro", "precision": "", "tp": ""}, "1", False),
+    "Qwen3 in FP8 on four": ({"gpus": "4", "tp": "4"}, "1", True),
+}
+
+
+@pytest.mark.parametrize("wanted", FITS.values(), ids=FITS)
+def test_fit_rows_are_judged_apart(wanted: tuple[dict[str, str], str, bool]) -> None:
+    columns, value, right = wanted
+    found = only(metric="fits(1=yes,0=no)", value=value, **columns)
+    assert isinstance(found, FitCase)
+    assert found.right is right
+
+
+def test_a_table_without_a_column_is_refused_by_its_name() -> None:
+    with pytest.raises(TableInvalid, match="column hardware is missing"):
+        published.read(table().replace("hardware", "machine"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(HEADER), st.text(max_size=30) | st.from_regex(r"[0-9.,~/ ]{1,12}", fullmatch=True))
+)
+def test_any_row_is_a_case_or_has_a_reason(columns: dict[str, str]) -> None:
+    plain = {name: value.replace("\0", "").replace("\r", " ") for name, value in columns.items()}
+    for found in published.cases(published.read(table(plain)), CATALOG):
+        if isinstance(found, Case):
+            assert published.predict(found, calibration.packaged()) > 0
+        elif isinstance(found, Skipped):
+            assert found.why
+
+
+# The split, and the calibration that was fitted to one side.
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, str]]:
+    return published.read(RUNS.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    text = RUNS.read_text(encoding="utf-8")
+    return check(text, CATALOG, calibration.packaged(), calibration.fitted_sources())
+
+
+def test_sources_take_turns_by_name_whatever_their_values(runs: list[dict[str, str]]) -> None:
+    side = fitting.split(runs)
+    assert not set(side.fitted) & set(side.held_out)
+    changed = [{**row, "value": "1"} for row in reversed(runs)]
+    assert fitting.split(changed) == side
+    assert set(calibration.fitted_sources()) <= set(side.fitted)
+
+
+def test_enough_is_held_out(report: Report) -> None:
+    assert len(report.held_out) >= 10
+    assert len(groups(report.held_out, "source")) >= 4
+    total = summary(report.held_out)
+    assert total is not None
+    assert total.median <= 0.20
+
+
+def test_fitting_again_leaves_the_committed_factors(runs: list[dict[str, str]]) -> None:
+    """From the committed factors on, so that it takes seconds: the descent finds nothing better nearby."""
+    side = fitting.split(runs)
+    used = [
+        found
+        for found in published.cases(runs, CATALOG)
+        if isinstance(found, Case) and found.throughput and found.source in side.fitted
+    ]
+    committed = calibration.parse(calibration.text())
+    again = fitting.fit(used, start=committed)
+    for name in BOUNDS:
+        assert getattr(again, name) == pytest.approx(getattr(committed, name), rel=0.03), name
+    assert again.engines == pytest.approx(committed.engines, rel=0.03)
+
+
+def test_a_fit_finds_the_factors_that_made_its_rows() -> None:
+    """Rows made by known factors: from the usual start the descent comes back to the speed that they give."""
+    truth = replace(calibration.START, bandwidth=0.55, gemm_8=0.35, layer_s=60e-6, engines={"vllm": 1.0, "amd": 1.0})
+    made = []
+    for inputs, outputs, concurrency in ((1000, 1000, 8), (1000, 1000, 256), (8000, 200, 64), (200, 2000, 1000)):
+        for tp in ("4", "8"):
+            found = case(
+                tp=tp, input_tokens=str(inputs), output_tokens=str(outputs), concurrency_or_batch=str(concurrency)
+            )
+            made.append(replace(found, value=published.predict(found, truth)))
+    fitted = fitting.fit(made)
+    assert max(abs(fitting.errors(made, fitted))) < 0.1
+    assert max(abs(fitting.errors(made, calibration.START))) > 0.25
+
+
+# `moectl plan --check`.
+
+
+def test_the_command_prints_every_row_and_the_medians(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "runs.csv"
+    file.write_text(table({}, {"id": "A2", "model": "Nobody-7B"}, {"id": "A3", "metric": "fits", "value": "1"}))
+    assert command(file, False) == 0
+    out = capsys.readouterr().out
+    assert "A1" in out
+    assert "not predicted: model: Nobody-7B" in out
+    for words in ("by source", "by model", "by hardware", "fit rows right: 1 of 1; rows not predicted: 1"):
+        assert words in out
+
+
+def test_the_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "runs.csv"
+    file.write_text(table({}))
+    assert command(file, True) == 0
+    told = json.loads(capsys.readouterr().out)
+    (row,) = told["rows"]
+    assert row["error"] == pytest.approx(row["predicted"] / 2000 - 1)
+    assert told["held_out"]["rows"] == 1
+    assert set(told["by"]) == {"source", "model", "hardware"}
+
+
+def test_the_command_refuses_what_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(Refusal, match="column model is missing"):
+        command(tmp_path / "a.csv", False)
+    with pytest.raises(Refusal, match="cannot be read"):
+        command(tmp_path / "none.csv", False)
+
+
+def test_the_document_keeps_every_row(report: Report, runs: list[dict[str, str]]) -> None:
+    told = document(report)
+    assert len(told["rows"]) == len(runs)
+    assert {row["id"] for row in told["rows"]} == {row["id"] for row in runs}
