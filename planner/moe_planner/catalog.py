@@ -4,168 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, get_args
 
-UNSOURCED = "unsourced"
+from moe_planner.facts import (
+    UNSOURCED,
+    Accelerator,
+    Attention,
+    Bias,
+    CatalogInvalid,
+    EngineFacts,
+    Figure,
+    Form,
+    KvGroup,
+    ModelFacts,
+    Precision,
+    QkNorm,
+)
+
+__all__ = [
+    "FILES",
+    "UNSOURCED",
+    "Accelerator",
+    "Attention",
+    "Catalog",
+    "CatalogInvalid",
+    "EngineFacts",
+    "Figure",
+    "Form",
+    "KvGroup",
+    "ModelFacts",
+    "Precision",
+    "build",
+    "digest",
+    "figures_of",
+    "packaged",
+    "parse",
+    "toml",
+]
+
 FILES = ("models.toml", "accelerators.toml", "engine.toml")
 MIB = 2**20
 GB = 10**9
-
-Attention = Literal["gqa", "mla", "csa", "deltanet"]
-"""Grouped-query (or multi-head); multi-head latent; DeepSeek V4's compressed; gated delta net beside full attention."""
-
-Form = Literal["experts", "linear", "rest"]
-"""Routed experts; the other linear layers; embeddings, head, router and norms."""
-
-
-class CatalogInvalid(Exception):
-    """A catalog file is wrong. Names the file, the entry, the figure and the remedy."""
-
-    def __init__(self, where: str, remedy: str) -> None:
-        self.where = where
-        super().__init__(f"{where}: {remedy}")
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One figure as it was published."""
-
-    value: Any
-    source: str
-    date: str | None  # day of reading; None where nobody published it
-
-    @property
-    def sourced(self) -> bool:
-        return self.source != UNSOURCED
-
-
-@dataclass(frozen=True, slots=True)
-class KvGroup:
-    """Layers with one form of cache: an entry of `width` elements by head, for `every` tokens of the last `window`."""
-
-    layers: int
-    width: int = 0
-    heads: int = 1
-    every: int = 1
-    window: int | None = None
-    fp8_bytes: int | None = None  # of an entry, where an FP8 cache needs more than its elements
-    state: int = 0  # elements that a sequence keeps whatever its length
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ModelFacts:
-    """A model's published configuration. Parameters in thousand millions, contexts in tokens. Equal only to itself."""
-
-    key: str
-    attention: Attention
-    total_params_b: float
-    active_params_b: float
-    layers: int
-    dense_layers: int
-    hidden: int
-    heads: int
-    head_dim: int
-    experts: int
-    topk: int
-    moe_intermediate: int
-    vocab: int
-    max_context: int
-    native: str
-    kv_heads: int = 1
-    kv_lora_rank: int = 0
-    q_lora_rank: int = 0
-    rope_dim: int = 0
-    v_head_dim: int = 0
-    o_groups: int = 0
-    o_lora_rank: int = 0
-    index_heads: int = 0
-    index_dim: int = 0
-    linear_layers: int = 0
-    linear_key_heads: int = 0
-    linear_value_heads: int = 0
-    linear_head_dim: int = 0
-    linear_conv: int = 0
-    shared_experts: int = 0
-    shared_intermediate: int = 0
-    dense_intermediate: int = 0
-    tied_embeddings: bool = False
-    checkpoint_gb: float | None = None
-    kv_dtype: str = "bfloat16"
-    kv: tuple[KvGroup, ...] = ()
-    figures: Mapping[str, Figure] = field(repr=False)
-
-    @property
-    def moe_layers(self) -> int:
-        return self.layers - self.dense_layers
-
-    @property
-    def kv_groups(self) -> tuple[KvGroup, ...]:
-        """Forms of cache: the entry's own, or one for all layers."""
-        if self.kv:
-            return self.kv
-        if self.attention == "mla":
-            return (KvGroup(self.layers, width=self.kv_lora_rank + self.rope_dim),)
-        return (KvGroup(self.layers, width=2 * self.head_dim, heads=self.kv_heads),)
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """A GPU or its like. `memory_bytes` is all that the driver reports. Peaks are None where no source was found.
-
-    `flops` is dense arithmetic a second by bytes of an operand: 2 (BF16, FP16), 1 (FP8, INT8) or 0.5 (FP4).
-    """
-
-    name: str
-    memory_bytes: int
-    gpus_per_node: int
-    figures: Mapping[str, Figure] = field(repr=False, compare=False)
-    bandwidth_bytes_s: float | None = None
-    flops: Mapping[float, float] = field(default_factory=dict, repr=False, compare=False)
-    nvlink_bytes_s: float | None = None  # or xGMI, or a TPU's links: one GPU, one direction; so the next two
-    pcie_bytes_s: float | None = None
-    nic_bytes_s: float | None = None
-    rent_usd_per_hour: float | None = None  # one GPU, on demand
-    domain_gpus: int = 8  # GPUs that NVLink or its like joins
-    aliases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Precision:
-    """A form of weights: bits of a weight by part, scales included. Equal only to itself."""
-
-    name: str
-    experts: float
-    linear: float
-    rest: float
-    block: int  # columns under one scale; a rank's slice is a multiple of it
-    suffixes: tuple[str, ...]
-    field: str | None  # value of spec.model.quantization
-    figure: Figure
-
-    def bits(self, form: Form) -> float:
-        """Bits of a weight in a part of that form."""
-        return {"experts": self.experts, "linear": self.linear, "rest": self.rest}[form]
-
-
-@dataclass(frozen=True)
-class EngineFacts:
-    """What the engine takes beside weights and cache, and its defaults."""
-
-    utilization: float
-    batched_tokens: tuple[int, ...]
-    active_seqs: int
-    large_gpu_bytes: int
-    runtime_bytes: int
-    collective_bytes: int
-    usual_sequence_tokens: int
-    shortest_context: int
-    shared_memory_bytes_per_gpu: int
-    shared_memory_bytes: int
-    figures: Mapping[str, Figure] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -221,30 +104,55 @@ def packaged() -> Catalog:
 
 def parse(texts: Mapping[str, str]) -> Catalog:
     """A catalog from the texts of its files. Raises CatalogInvalid."""
-    documents = {}
-    for name in FILES:
-        try:
-            documents[name] = tomllib.loads(texts[name])
-        except tomllib.TOMLDecodeError as error:
-            raise CatalogInvalid(name, f"is no TOML: {error}") from None
-    models_file, accelerators_file, engine_file = (documents[name] for name in FILES)
-    precisions = {name: _precision(name, entry) for name, entry in engine_file["precisions"].items()}
-    entries = models_file["models"]
-    models = {key: _model(key, entries, precisions) for key in entries}
+    models, accelerators, engine = (toml(name, texts[name]) for name in FILES)
+    whole = "\0".join(texts[name] for name in FILES)
+    return build(models["models"], accelerators["accelerators"], engine, f"{models['version']}+{digest(whole)}")
+
+
+def toml(name: str, text: str) -> dict[str, Any]:
+    """The tables of a file. Raises CatalogInvalid."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogInvalid(name, f"is no TOML: {error}") from None
+
+
+def digest(text: str) -> str:
+    """What a catalog's version ends with, so that it follows the figures."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def build(
+    models: Mapping[str, Any], accelerators: Mapping[str, Any], engine: Mapping[str, Any], version: str
+) -> Catalog:
+    """A catalog from the entries of its files. Raises CatalogInvalid."""
+    precisions = {name: _precision(name, entry) for name, entry in engine["precisions"].items()}
     names: dict[str, str] = {}
-    for key, entry in entries.items():
-        for name in [*entry["names"], *entry.get("aliases", ())]:
+    for key, entry in models.items():
+        for name in [*_words(entry, "names", key), *_words(entry, "aliases", key)]:
             if names.setdefault(name.lower(), key) != key:
-                raise CatalogInvalid(f"models.toml: {key}.names", f"{name} is a name of {names[name.lower()]} already")
-    digest = hashlib.sha256("\0".join(texts[name] for name in FILES).encode()).hexdigest()[:8]
+                where = f"{_file(entry)}: {key}.names"
+                raise CatalogInvalid(where, f"{name} is a name of {names[name.lower()]} already")
     return Catalog(
-        version=f"{models_file['version']}+{digest}",
-        models=models,
-        accelerators={name: _accelerator(name, entry) for name, entry in accelerators_file["accelerators"].items()},
+        version=version,
+        models={key: _model(key, models, precisions) for key in models},
+        accelerators={name: _accelerator(name, entry) for name, entry in accelerators.items()},
         precisions=precisions,
-        engine=_engine(engine_file["memory"]),
+        engine=_engine(engine["memory"]),
         names=names,
     )
+
+
+def _file(entry: Mapping[str, Any], usual: str = "models.toml") -> str:
+    """The file of an entry, for an error: the packaged one, or a user's."""
+    return str(entry.get("file", usual))
+
+
+def _words(entry: Mapping[str, Any], name: str, key: str) -> Sequence[str]:
+    value = entry.get(name, ())
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) and word for word in value):
+        raise CatalogInvalid(f"{_file(entry)}: {key}.{name}", "must be a list of names")
+    return value
 
 
 def _source(where: str, entry: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -256,33 +164,48 @@ def _source(where: str, entry: Mapping[str, Any]) -> tuple[str, str | None]:
     return source, date
 
 
-def figures_of(where: str, entry: Mapping[str, Any]) -> dict[str, Figure]:
+def figures_of(where: str, entry: Any) -> dict[str, Figure]:
     """The figures of a group, which share its source and day. Raises CatalogInvalid."""
+    if not isinstance(entry, Mapping):
+        raise CatalogInvalid(where, "must be a table of figures with their source and date")
     source, date = _source(where, entry)
     return {name: Figure(value, source, date) for name, value in entry.items() if name not in ("source", "date")}
 
 
-def _model_figures(key: str, entries: Mapping[str, Any]) -> dict[str, Figure]:
-    entry, where = entries[key], f"models.toml: {key}"
+def _groups(where: str, groups: Any) -> dict[str, Figure]:
+    if not isinstance(groups, list):
+        raise CatalogInvalid(f"{where}.from", "must be a list of tables, each with its source")
     known: dict[str, Figure] = {}
-    for group in entry.get("from", []):
+    for group in groups:
         for name, figure in figures_of(where, group).items():
             if name in known:
                 raise CatalogInvalid(f"{where}.{name}", "is given twice: keep the better source")
             known[name] = figure
+    return known
+
+
+def _model_figures(key: str, entries: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Figure]:
+    entry = entries[key]
+    where = f"{_file(entry)}: {key}"
+    known = _groups(where, entry.get("from", []))
     base = entry.get("like")
-    if base is None:
-        return known
-    if base not in entries or base == key:
-        raise CatalogInvalid(f"{where}.like", f"{base} is no other model of this file")
-    inherited = _model_figures(base, entries)
-    if "native" in known:  # a checkpoint in another form has another size
-        inherited.pop("checkpoint_gb", None)
-    return {**inherited, **known}
+    if base is not None:
+        if base not in entries or base == key or base in above:
+            raise CatalogInvalid(f"{where}.like", f"{base} is no other model of this file")
+        inherited = _model_figures(base, entries, (*above, key))
+        if "native" in known:  # a checkpoint in another form has another size
+            inherited.pop("checkpoint_gb", None)
+        known = {**inherited, **known}
+    for file, groups in entry.get("over", ()):
+        known.update(_groups(f"{file}: {key}", groups))
+    return known
+
+
+CHOICES = {"attention": get_args(Attention), "qk_norm": get_args(QkNorm), "attention_bias": get_args(Bias)}
 
 
 def _model(key: str, entries: Mapping[str, Any], precisions: Mapping[str, Precision]) -> ModelFacts:
-    where = f"models.toml: {key}"
+    where = f"{_file(entries[key])}: {key}"
     figures = _model_figures(key, entries)
     declared = {item.name: item for item in fields(ModelFacts) if item.name not in ("key", "figures")}
     for name, item in declared.items():
@@ -292,17 +215,50 @@ def _model(key: str, entries: Mapping[str, Any], precisions: Mapping[str, Precis
     for name, figure in figures.items():
         if name not in declared:
             raise CatalogInvalid(f"{where}.{name}", f"is not known: one of {', '.join(declared)}")
-        if isinstance(figure.value, int | float) and figure.value < 0:
-            raise CatalogInvalid(f"{where}.{name}", "must not be negative")
+        if (problem := _wrong(name, str(declared[name].type), figure.value)) is not None:
+            raise CatalogInvalid(f"{where}.{name}", problem)
         values[name] = figure.value
     if values["native"] not in precisions:
         raise CatalogInvalid(f"{where}.native", f"{values['native']} is none of {', '.join(precisions)}")
+    if not 1 <= values["topk"] <= values["experts"]:
+        raise CatalogInvalid(f"{where}.topk", f"{values['topk']} of {values['experts']} experts cannot be")
+    if values["dense_layers"] >= values["layers"]:
+        raise CatalogInvalid(
+            f"{where}.dense_layers", f"{values['dense_layers']} of {values['layers']} leave no experts"
+        )
+    for group in values.get("kv", ()):
+        for name, value in group.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (name in POSITIVE and not value):
+                raise CatalogInvalid(f"{where}.kv", f"{name} must be a whole number, not negative")
     try:
         values["kv"] = tuple(KvGroup(**group) for group in values.get("kv", ()))
     except TypeError as error:
         raise CatalogInvalid(f"{where}.kv", str(error)) from None
     return ModelFacts(key=key, figures=figures, **values)
 
+
+POSITIVE = ("layers", "heads", "every", "window", "hidden", "head_dim", "experts", "topk", "vocab", "max_context")
+"""Figures that other figures are divided by, or without which there is no model."""
+
+
+def _wrong(name: str, kind: str, value: Any) -> str | None:
+    """Why a figure is not of its kind; None where it is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in CHOICES:
+        return None if value in CHOICES[name] else f"must be one of {', '.join(CHOICES[name])}"
+    if kind.startswith("tuple"):
+        good = isinstance(value, list) and all(isinstance(group, Mapping) for group in value)
+        return None if good else "must be a list of tables"
+    if kind in ("bool", "str"):
+        return None if isinstance(value, bool if kind == "bool" else str) else f"must be a {kind}"
+    if not number or (kind == "int" and not isinstance(value, int)):
+        return "must be a whole number" if kind == "int" else "must be a number"
+    if value < 0 or not value < LARGEST:
+        return "must not be negative" if value < 0 else "is too large"
+    return "must be above zero" if name in POSITIVE and not value else None
+
+
+LARGEST = 10**12
 
 SPEEDS = {
     "bandwidth_gb_s": "bandwidth_bytes_s",
@@ -315,15 +271,17 @@ ACCELERATOR_FIGURES = ("memory_mib", "memory_gb", "gpus_per_node", "domain_gpus"
 
 
 def _accelerator(name: str, entry: Mapping[str, Any]) -> Accelerator:
-    where = f"accelerators.toml: {name}"
+    where = f"{_file(entry, 'accelerators.toml')}: {name}"
     figures: dict[str, Figure] = {}
     for part, group in entry.items():
-        if part != "aliases":
+        if part not in ("aliases", "file"):
             figures.update(figures_of(f"{where}.{part}", group))
     for figure, known in figures.items():
         if figure not in ACCELERATOR_FIGURES:
             raise CatalogInvalid(f"{where}.{figure}", f"is not known: one of {', '.join(ACCELERATOR_FIGURES)}")
-        if not isinstance(known.value, int | float) or known.value <= 0:
+        if (problem := _wrong(figure, "int" if figure.endswith("gpus_per_node") else "float", known.value)) is not None:
+            raise CatalogInvalid(f"{where}.{figure}", problem)
+        if known.value <= 0:
             raise CatalogInvalid(f"{where}.{figure}", "must be above zero")
     values = {figure: known.value for figure, known in figures.items()}
     if "memory_mib" in values:
@@ -341,7 +299,7 @@ def _accelerator(name: str, entry: Mapping[str, Any]) -> Accelerator:
         flops={size: values[key] * 1e12 for key, size in FLOPS.items() if key in values},
         rent_usd_per_hour=values.get("rent_usd_per_hour"),
         domain_gpus=int(values.get("domain_gpus", per_node)),
-        aliases=tuple(entry.get("aliases", ())),
+        aliases=tuple(_words(entry, "aliases", name)),
         **{field_name: values[key] * GB for key, field_name in SPEEDS.items() if key in values},
     )
 

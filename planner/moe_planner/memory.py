@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_planner import kv
 from moe_planner.catalog import Accelerator, EngineFacts, ModelFacts, Precision
@@ -31,10 +31,18 @@ class Memory:
     weights: float
     redundant: float
     activations: float
-    overhead: float
+    runtime: float  # context of the driver and kernels
+    collectives: float
+    graphs: float
+    fragmentation: float
     cache: float
     usable: float
     total: int
+
+    @property
+    def overhead(self) -> float:
+        """What the engine takes whatever the model."""
+        return self.runtime + self.collectives + self.graphs + self.fragmentation
 
     @property
     def fixed(self) -> float:
@@ -51,12 +59,23 @@ def place(ask: Ask, layout: Layout, batched_tokens: int, engine: EngineFacts) ->
     used = activation_bytes(
         ask.model, layout, batched_tokens, min(ask.active_seqs or engine.active_seqs, batched_tokens)
     )
-    overhead = engine.runtime_bytes + (engine.collective_bytes if layout.gpus > 1 else 0)
-    left = usable - weights - spare - used - overhead
+    found = Memory(
+        weights=weights,
+        redundant=spare,
+        activations=used,
+        runtime=engine.runtime_bytes,
+        collectives=engine.collective_bytes if layout.gpus > 1 else 0,
+        graphs=engine.graph_bytes,
+        fragmentation=engine.fragmentation_bytes,
+        cache=0.0,
+        usable=usable,
+        total=total,
+    )
+    left = usable - found.fixed
     if ask.cache_bytes is not None:
         # The engine takes what it is told, whatever the utilization; only the GPU itself is a limit then.
-        left = min(float(ask.cache_bytes), total - weights - spare - used - overhead)
-    return Memory(weights, spare, used, overhead, left, usable, total)
+        left = min(float(ask.cache_bytes), total - found.fixed)
+    return replace(found, cache=left)
 
 
 def activation_bytes(model: ModelFacts, layout: Layout, batched_tokens: int, seqs: int) -> float:
@@ -81,6 +100,50 @@ def longest_context(ask: Ask, layout: Layout, memory: Memory, batched_tokens: in
         return 0
     most = ask.model.max_context
     return kv.longest(ask.model, memory.cache, layout, fp8=ask.fp8_cache, in_flight=batched_tokens, most=most)
+
+
+CONTEXTS = tuple(2**power for power in range(15, 21))
+"""32K to 1M tokens."""
+
+
+@dataclass(frozen=True)
+class ContextRow:
+    """Whether sequences of `context` tokens fit, and how many at once in one replica. `missing`: bytes that the fullest
+    GPU lacks for one; 0 where it fits."""
+
+    context: int
+    beyond_model: bool  # longer than the model's own context: never offered
+    sequence_bytes: float
+    sequences: int
+    tokens: int
+    missing: float
+
+    @property
+    def fits(self) -> bool:
+        return self.sequences > 0
+
+
+def contexts(ask: Ask, layout: Layout, batched_tokens: int, engine: EngineFacts) -> tuple[ContextRow, ...]:
+    """The cache at 32K to 1M tokens: bytes of a sequence on the fullest GPU, and how many fit in the replica."""
+    room = place(ask, layout, batched_tokens, engine)
+    rows = []
+    for context in CONTEXTS:
+        one = sequence_bytes(ask, layout, context, batched_tokens)
+        beyond = context > ask.model.max_context
+        count = 0 if beyond or room.cache < one else int(room.cache // one) * layout.data
+        missing = 0.0 if beyond else max(0.0, one - room.cache)
+        rows.append(ContextRow(context, beyond, one, count, count * context, missing))
+    return tuple(rows)
+
+
+def most_tokens(ask: Ask, layout: Layout, memory: Memory, batched_tokens: int) -> int:
+    """Tokens of the longest sequence that fits, times how many of it fit at once in the replica: the most that one
+    replica keeps at full length."""
+    longest = longest_context(ask, layout, memory, batched_tokens)
+    if not longest:
+        return 0
+    one = sequence_bytes(ask, layout, longest, batched_tokens)
+    return int(memory.cache // one) * longest * layout.data
 
 
 def sequence_bytes(ask: Ask, layout: Layout, tokens: int, batched_tokens: int) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from moe_planner.catalog import CatalogInvalid, Figure, figures_of
+from moe_planner.catalog import CatalogInvalid, Figure, figures_of, toml
 
 FILE = "prices.toml"
 AMOUNTS = ("input_usd_per_m", "output_usd_per_m", "cached_usd_per_m")
@@ -35,11 +34,7 @@ def packaged() -> Mapping[str, Price]:
 
 def parse(text: str) -> Mapping[str, Price]:
     """Prices from the text of a file. Raises CatalogInvalid."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise CatalogInvalid(FILE, f"is no TOML: {error}") from None
-    return build(document.get("prices", {}))
+    return build(toml(FILE, text).get("prices", {}))
 
 
 def build(entries: Mapping[str, Any]) -> Mapping[str, Price]:
@@ -48,8 +43,9 @@ def build(entries: Mapping[str, Any]) -> Mapping[str, Price]:
 
 
 def _price(name: str, entry: Mapping[str, Any]) -> Price:
-    where = f"{FILE}: {name}"
+    where = f"{entry.get('file', FILE) if isinstance(entry, dict) else FILE}: {name}"
     figures = figures_of(where, entry)
+    figures.pop("file", None)
     for wanted in ("provider", "input_usd_per_m", "output_usd_per_m"):
         if wanted not in figures:
             raise CatalogInvalid(f"{where}.{wanted}", "is missing: add it with its source")

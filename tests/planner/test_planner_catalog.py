@@ -13,8 +13,8 @@ from moe_planner.weights import Layout
 GIB, GB = 2**30, 10**9
 FOLDER = resources.files("moe_planner") / "data"
 TEXTS = {name: (FOLDER / name).read_text(encoding="utf-8") for name in FILES}
-ROUNDED = {"deepseek-v4-pro", "deepseek-v4-pro-base"}
-"""Published as "1.6T": rounded to more than one per cent."""
+ROUNDED = {"deepseek-v4-pro", "deepseek-v4-pro-base", "glm-4.5-air"}
+"""Published as "1.6T" and "106B": rounded to about one per cent."""
 WITH_VISION = {"llama-4-scout", "llama-4-maverick"}
 """The published total counts the vision tower too."""
 WITH_SPECULATION = {"glm-4.5", "glm-4.6"}
