@@ -202,7 +202,7 @@ def _contexts(catalog: Catalog) -> list[str]:
         "## V4-Pro as published on 8×H200, by context\n",
         f"Its checkpoint (FP4 experts, the rest FP8) with an FP8 cache, {layout}. Compressed attention keeps",
         f"one entry for 4 or 128 tokens: a sequence of {facts.max_context:,} tokens takes {_gb(one)}, so the claimed",
-        f"200 GB would hold {200 * GB / one:.0f}. (The recipe of vllm-project serves 200,000 tokens there, 16 at once.)\n",
+        f"200 GB would hold {200 * GB / one:.0f}. (vllm-project's recipe: 200,000 tokens, 16 at once.)\n",
         "| context | cache of a sequence, on each GPU | sequences at once |",
         "| --- | --- | --- |",
     ]
