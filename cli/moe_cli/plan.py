@@ -35,6 +35,13 @@ OUTPUTS = (".html", ".svg")
 USUAL_APIS = ("gpt-5.5", "claude-opus-4.7")
 USUAL_TOKENS = (2000.0, 200.0)
 """Input and output of a mean request where nobody says: a chat of a few turns."""
+_NOT_PLANNED = {
+    "ExternalEngine": "plan a file whose engine runs here",
+    "MemoryUnknown": "name an accelerator of the catalog, with --accelerator or in the file",
+    "UnknownModel": "docs/catalog.md says how to add a model",
+    "UnknownAccelerator": "docs/catalog.md says how to add an accelerator",
+    "UnknownPrecision": "name a checkpoint whose name says its form",
+}
 WINDOW_S = 10.0
 """How long work of a trace may wait where no TTFT is promised: the shortest spike in the Azure trace."""
 
@@ -104,15 +111,17 @@ def answer(options: PlanOptions) -> Answer:
 def _answer(options: PlanOptions) -> Answer:
     catalog = _catalog()
     resource = _resource(options, catalog)
+    places = _places(options, resource, catalog)
+    if options.file is not None and (options.accelerators or options.gpus):
+        resource = resource.model_copy(update={"spec": _placed(resource, places[0])})
     spec = resource.spec
     arrivals = read_trace(options.trace) if options.trace is not None else []
     traffic = _traffic(options, arrivals)
     slo = _slo(options, resource)
-    places = _places(options, resource, catalog)
     asked = fit.asked(spec, catalog)
     if isinstance(asked, FitVerdict):
-        if asked.fits is None or asked.reason == "ExternalEngine":
-            raise Refusal(Problem(message=asked.message, remedy="see docs/catalog.md for adding to the catalog"))
+        if asked.reason in _NOT_PLANNED:
+            raise Refusal(Problem(message=asked.message, remedy=_NOT_PLANNED[asked.reason]))
         return Answer(resource=resource, verdict=asked, traffic=traffic, slo=slo)
     verdict = fit.check(spec, catalog)
     if len(places) == 1 and verdict.fits is not True:
