@@ -284,6 +284,7 @@ def plan(
         float | None, typer.Option(min=0, max=1, help="Accuracy that you measured, for the radar.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens.")] = None,
+    catalog: Annotated[list[Path] | None, typer.Option(help="File that adds to the catalog, or overrides it.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Why this one, and what each other lacks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
     output: Annotated[
@@ -330,6 +331,7 @@ def plan(
         utilisation=utilisation,
         accuracy=accuracy,
         trace=trace,
+        catalog=tuple(catalog or ()),
         explain=explain,
         as_json=as_json,
         output=output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +21,9 @@ from moe_cli.plan_answer import Answer, Launch
 from moe_cli.say import Say
 from moe_core import process_config
 from moe_core.clock import Clock
-from moe_planner import fit, prices, report, search
+from moe_planner import fit, overlay, report, search
 from moe_planner.breakeven import Tariffed
-from moe_planner.catalog import Catalog, packaged
+from moe_planner.catalog import Catalog, CatalogInvalid
 from moe_planner.cost import SECONDS_PER_MONTH, CostInvalid, Tariff, Workload
 from moe_planner.fit import FitVerdict
 from moe_planner.memory import Ask
@@ -68,6 +69,7 @@ class PlanOptions:
     utilisation: float = 1.0
     accuracy: float | None = None
     trace: Path | None = None
+    catalog: tuple[Path, ...] = ()
     explain: bool = False
     as_json: bool = False
     output: Path | None = None
@@ -109,7 +111,7 @@ def answer(options: PlanOptions) -> Answer:
 
 
 def _answer(options: PlanOptions) -> Answer:
-    catalog = _catalog()
+    catalog, listed = _catalog(options)
     resource = _resource(options, catalog)
     places = _places(options, resource, catalog)
     if options.file is not None and (options.accelerators or options.gpus):
@@ -142,7 +144,7 @@ def _answer(options: PlanOptions) -> Answer:
         verdict = fit.check(_placed(resource, largest), catalog)
         return Answer(resource, verdict, traffic, slo, ask=asked, found=found)
     launch = _launch(resource, chosen, asked, catalog)
-    apis = _apis(options, resource)
+    apis = _apis(options, resource, listed)
     workloads = (Workload("asked", traffic.input_tokens, traffic.output_tokens, traffic.cached_share), CHAT, COMPLETION)
     try:
         costs = report.workload_costs(
@@ -168,8 +170,13 @@ def _answer(options: PlanOptions) -> Answer:
     )
 
 
-def _catalog() -> Catalog:
-    return packaged()
+def _catalog(options: PlanOptions) -> tuple[Catalog, Mapping[str, Tariff]]:
+    """Figures and prices: the packaged ones, with the files' own over them."""
+    try:
+        return overlay.load(options.catalog), overlay.load_prices(options.catalog)
+    except CatalogInvalid as error:
+        message = str(error).removeprefix(f"{error.where}: ")
+        raise Refusal(Problem(field="--catalog", message=error.where, remedy=message)) from None
 
 
 def _resource(options: PlanOptions, catalog: Catalog) -> MoEDeployment:
@@ -202,7 +209,7 @@ def _accelerators(options: PlanOptions, catalog: Catalog) -> tuple[str, ...]:
     for name in options.accelerators:
         known = catalog.accelerator_named(name)
         if known is None:
-            remedy = f"one of {', '.join(sorted(catalog.accelerators))}"
+            remedy = f"one of {', '.join(sorted(catalog.accelerators))}, or one of your own with --catalog FILE"
             raise Refusal(Problem(field="--accelerator", message=f"{name} is not in the catalog", remedy=remedy))
         found.append(known.name)
     return tuple(found)
@@ -243,12 +250,11 @@ def _slo(options: PlanOptions, resource: MoEDeployment) -> Slo:
     return Slo(ttft, itl)
 
 
-def _apis(options: PlanOptions, resource: MoEDeployment) -> tuple[Tariff, ...]:
+def _apis(options: PlanOptions, resource: MoEDeployment, listed: Mapping[str, Tariff]) -> tuple[Tariff, ...]:
     """The APIs named; else the file's fallback targets, at their own prices or the catalog's; else the usual ones."""
-    listed = prices.packaged()
     for name in options.apis:
         if name not in listed:
-            remedy = f"one of {', '.join(sorted(listed))}"
+            remedy = f"one of {', '.join(sorted(listed))}, or one of your own with --catalog FILE"
             raise Refusal(Problem(field="--api", message=f"{name} has no price in the catalog", remedy=remedy))
     if options.apis:
         return tuple(listed[name] for name in options.apis)
@@ -265,15 +271,15 @@ def _apis(options: PlanOptions, resource: MoEDeployment) -> tuple[Tariff, ...]:
                     None if cached is None else float(cached),
                 )
             )
-        elif (known := _listed(target.model)) is not None:
+        elif (known := _listed(target.model, listed)) is not None:
             found.append(known)
     return tuple(found) or tuple(listed[name] for name in USUAL_APIS)
 
 
-def _listed(model: str) -> Tariff | None:
+def _listed(model: str, listed: Mapping[str, Tariff]) -> Tariff | None:
     """A price by the provider's own name of a model, which writes versions with dots or dashes."""
     wanted = model.lower().replace("-", ".")
-    return next((price for name, price in prices.packaged().items() if name.replace("-", ".") == wanted), None)
+    return next((price for name, price in listed.items() if name.replace("-", ".") == wanted), None)
 
 
 def _launch(resource: MoEDeployment, chosen: Option, ask: Ask, catalog: Catalog) -> Launch:

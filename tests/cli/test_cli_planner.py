@@ -185,6 +185,47 @@ def test_profiles(moectl: Moectl, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "584M" in out
 
 
+OWN = """
+[accelerators.ours.memory]
+memory_gb = 300
+source = "our order"
+date = "2026-11-23"
+[accelerators.ours.speed]
+bandwidth_gb_s = 5000
+tflops_16bit = 1000
+tflops_8bit = 2000
+source = "our order"
+date = "2026-11-23"
+[accelerators.ours.rent]
+rent_usd_per_hour = 1.5
+source = "our contract"
+date = "2026-11-23"
+[prices.theirs]
+provider = "them"
+input_usd_per_m = 1
+output_usd_per_m = 4
+source = "their offer"
+date = "2026-11-23"
+"""
+
+
+def test_figures_of_ones_own(moectl: Moectl, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(OWN)
+    found = asked(moectl, "--model", QWEN, "--accelerator", "ours", "--gpus", "1", "--api", "theirs", "--catalog", own)
+    assert found["usdPerMonth"] == pytest.approx(1.5 * 730)
+    assert [row["api"] for row in found["cost"][0]["apis"]] == ["theirs"]
+    own.write_text(OWN.replace('source = "their offer"', ""))
+    code, _, err = moectl("--model", QWEN, "--catalog", own)
+    assert (code, "--catalog:" in err, "source" in err) == (2, True, True)
+
+
+def test_other_gpus_than_the_files_may_be_tried(moectl: Moectl, tmp_path: Path) -> None:
+    file = write_resource(tmp_path)
+    found = asked(moectl, file, "--accelerator", "H200", "--gpus", "2", "--gpus", "4")
+    assert found["chosen"]["accelerator"] == "nvidia-h200"
+
+
 WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no model": ((), "--model", "name one"),
     "an unknown model": (("--model", "acme/other"), "acme/other is not in catalog", "catalog"),
