@@ -285,6 +285,7 @@ def plan(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens.")] = None,
     catalog: Annotated[list[Path] | None, typer.Option(help="File that adds to the catalog, or overrides it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="config.json of a model that is not in the catalog.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Why this one, and what each other lacks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
     output: Annotated[
@@ -332,6 +333,7 @@ def plan(
         accuracy=accuracy,
         trace=trace,
         catalog=tuple(catalog or ()),
+        config=config,
         explain=explain,
         as_json=as_json,
         output=output,

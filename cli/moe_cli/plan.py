@@ -21,9 +21,9 @@ from moe_cli.plan_answer import Answer, Launch
 from moe_cli.say import Say
 from moe_core import process_config
 from moe_core.clock import Clock
-from moe_planner import fit, overlay, report, search
+from moe_planner import config_json, fit, overlay, report, search
 from moe_planner.breakeven import Tariffed
-from moe_planner.catalog import Catalog, CatalogInvalid
+from moe_planner.catalog import Catalog, CatalogInvalid, ModelFacts
 from moe_planner.cost import SECONDS_PER_MONTH, CostInvalid, Tariff, Workload
 from moe_planner.fit import FitVerdict
 from moe_planner.memory import Ask
@@ -39,7 +39,7 @@ USUAL_TOKENS = (2000.0, 200.0)
 _NOT_PLANNED = {
     "ExternalEngine": "plan a file whose engine runs here",
     "MemoryUnknown": "name an accelerator of the catalog, with --accelerator or in the file",
-    "UnknownModel": "docs/catalog.md says how to add a model",
+    "UnknownModel": "give its config.json with --config, or docs/catalog.md says how to add it",
     "UnknownAccelerator": "docs/catalog.md says how to add an accelerator",
     "UnknownPrecision": "name a checkpoint whose name says its form",
 }
@@ -70,6 +70,7 @@ class PlanOptions:
     accuracy: float | None = None
     trace: Path | None = None
     catalog: tuple[Path, ...] = ()
+    config: Path | None = None
     explain: bool = False
     as_json: bool = False
     output: Path | None = None
@@ -113,6 +114,8 @@ def answer(options: PlanOptions) -> Answer:
 def _answer(options: PlanOptions) -> Answer:
     catalog, listed = _catalog(options)
     resource = _resource(options, catalog)
+    if options.config is not None:
+        catalog = overlay.with_model(catalog, _facts(options.config, resource.spec.model.id))
     places = _places(options, resource, catalog)
     if options.file is not None and (options.accelerators or options.gpus):
         resource = resource.model_copy(update={"spec": _placed(resource, places[0])})
@@ -177,6 +180,18 @@ def _catalog(options: PlanOptions) -> tuple[Catalog, Mapping[str, Tariff]]:
     except CatalogInvalid as error:
         message = str(error).removeprefix(f"{error.where}: ")
         raise Refusal(Problem(field="--catalog", message=error.where, remedy=message)) from None
+
+
+def _facts(config: Path, name: str) -> ModelFacts:
+    """A model's facts from the config.json of its checkpoint."""
+    try:
+        return config_json.read(config.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "name the config.json of a checkpoint"
+        raise Refusal(Problem(field="--config", message=f"{config}: {error}", remedy=remedy)) from None
+    except CatalogInvalid as error:
+        message = str(error).removeprefix(f"{error.where}: ")
+        raise Refusal(Problem(field="--config", message=error.where, remedy=message)) from None
 
 
 def _resource(options: PlanOptions, catalog: Catalog) -> MoEDeployment:

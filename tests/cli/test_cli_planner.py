@@ -220,6 +220,23 @@ def test_figures_of_ones_own(moectl: Moectl, tmp_path: Path) -> None:
     assert (code, "--catalog:" in err, "source" in err) == (2, True, True)
 
 
+def test_a_model_known_by_its_config_alone(moectl: Moectl, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    facts = {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+             "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+             "moe_intermediate_size": 768, "intermediate_size": 6144, "vocab_size": 151936,
+             "max_position_embeddings": 40960, "torch_dtype": "bfloat16"}  # fmt: skip
+    config.write_text(json.dumps(facts))
+    words = ("--model", "acme/own-30b", "--accelerator", "H100", "--gpus", "2")
+    assert moectl(*words)[0] == 2
+    found = asked(moectl, *words, "--config", config)
+    known = asked(moectl, "--model", "Qwen/Qwen3-30B-A3B", *words[2:])
+    assert found["chosen"]["tokensPerSecond"] == pytest.approx(known["chosen"]["tokensPerSecond"], rel=0.01)
+    config.write_text(json.dumps({**facts, "hidden_size": -1}))
+    code, _, err = moectl(*words, "--config", config)
+    assert (code, "--config:" in err, "hidden_size" in err) == (2, True, True)
+
+
 def test_other_gpus_than_the_files_may_be_tried(moectl: Moectl, tmp_path: Path) -> None:
     file = write_resource(tmp_path)
     found = asked(moectl, file, "--accelerator", "H200", "--gpus", "2", "--gpus", "4")
@@ -236,6 +253,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "a rate of nothing": ((*BIG, "--rps", "0"), "--rps", "above 0"),
     "two rates": ((*BIG, "--rps", "1", "--tokens-per-month", "1e9"), "--rps", "leave one out"),
     "more cached than all": ((*BIG, "--cached-share", "1.5"), "--cached-share: 1.5", "0 to 1"),
+    "no config": ((*BIG, "--config", "/nowhere.json"), "--config: /nowhere.json", "checkpoint"),
     "no trace": ((*BIG, "--trace", "/nowhere.csv"), "--trace", "CSV"),
     "a picture of another kind": ((*BIG, "--output", "x.pdf"), "--output: x.pdf", "endings"),
     "a picture nowhere": ((*BIG, "--output", "/nowhere/x.svg"), "--output: /nowhere/x.svg", "writable"),
