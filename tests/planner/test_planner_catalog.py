@@ -6,7 +6,7 @@ from importlib import resources
 
 import pytest
 
-from moe_planner import kv, weights
+from moe_planner import kv, prices, weights
 from moe_planner.catalog import FILES, UNSOURCED, CatalogInvalid, packaged, parse
 from moe_planner.weights import Layout
 
@@ -116,6 +116,90 @@ def test_names(name: str) -> None:
     repository, wanted = NAMES[name]
     found = packaged().model(repository)
     assert (found and (found[0].key, found[1].name)) == wanted
+
+
+# Hardware as tables of published runs write it (the project's published_runs.csv), and the entry that it means.
+HARDWARE: dict[str, str | None] = {
+    "H100-80GB": "nvidia-h100",
+    "H100-80GB + IB": "nvidia-h100",
+    "H100-NVL-94GB": "nvidia-h100-nvl",
+    "H100-PCIe-80GB": "nvidia-h100-pcie",
+    "H200-SXM-141GB": "nvidia-h200",
+    "H200 + CX7 IB (CoreWeave)": "nvidia-h200",
+    "H800": "nvidia-h800",
+    "H20-96GB": "nvidia-h20",
+    "B200 + RoCEv2 400G": "nvidia-b200",
+    "B200-SXM-180GB (DGX B200)": "nvidia-b200",
+    "HGX B200": "nvidia-b200",
+    "GB200 NVL72": "nvidia-gb200",
+    "GB200-192GB tray": "nvidia-gb200",
+    "GB300 (4x NVL72, IB scale-out)": "nvidia-gb300",
+    "A100-SXM4-80GB": "nvidia-a100-80gb",
+    "MI300X-192GB": "amd-mi300x",
+    "MI325X-256GB": "amd-mi325x",
+    "MI355X-288GB": "amd-mi355x",
+    "RTX PRO 6000 Blackwell SE": "nvidia-rtx-pro-6000",
+    "TPU v6e": "tpu-v6e",
+    "nvidia-h100": "nvidia-h100",
+    "H1000": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", HARDWARE)
+def test_hardware_by_the_names_of_others(text: str) -> None:
+    found = packaged().accelerator_named(text)
+    assert (found and found.name) == HARDWARE[text]
+
+
+def test_no_two_accelerators_share_a_name() -> None:
+    names = [alias.lower() for known in packaged().accelerators.values() for alias in (known.name, *known.aliases)]
+    assert len(names) == len(set(names))
+
+
+# Models as the same tables write them.
+RUNS: dict[str, str] = {
+    "DeepSeek-V3/R1": "deepseek-v3",
+    "DeepSeek-R1/V3": "deepseek-v3",
+    "DeepSeek-R1-0528": "deepseek-v3",
+    "DeepSeek-V4-Flash": "deepseek-v4-flash",
+    "GLM-4.6": "glm-4.6",
+    "Kimi-K2": "kimi-k2",
+    "Llama-4-Maverick": "llama-4-maverick",
+    "Llama-4-Scout": "llama-4-scout",
+    "Mixtral-8x22B": "mixtral-8x22b",
+    "Qwen3-235B-A22B-2507": "qwen3-235b-a22b-2507",
+    "gpt-oss-120b": "gpt-oss-120b",
+}
+
+
+@pytest.mark.parametrize("text", RUNS)
+def test_models_by_the_names_of_others(text: str) -> None:
+    found = packaged().model(text)
+    assert found is not None
+    assert found[0].key == RUNS[text]
+
+
+def test_links_and_peaks_are_of_one_gpu_in_one_direction() -> None:
+    """An H100 has 900 GB/s of NVLink and 128 GB/s of PCIe in both directions; racks of NVL72 are one domain."""
+    found = packaged().accelerators
+    h100, rack = found["nvidia-h100"], found["nvidia-gb200"]
+    assert (h100.nvlink_bytes_s, h100.pcie_bytes_s, h100.nic_bytes_s) == (450e9, 64e9, 50e9)
+    assert (h100.domain_gpus, h100.gpus_per_node) == (8, 8)
+    assert (rack.domain_gpus, rack.gpus_per_node) == (72, 4)
+    assert rack.flops == {2: 2500e12, 1: 5000e12, 0.5: 10000e12}
+    assert found["nvidia-l40s"].nvlink_bytes_s is None
+    for known in found.values():
+        rates = [known.flops[size] for size in (2.0, 1.0, 0.5) if size in known.flops]
+        assert rates == sorted(rates), f"{known.name}: fewer bits are never slower"
+
+
+def test_prices_have_a_source_and_a_day() -> None:
+    found = prices.packaged()
+    assert {"gpt-5.5", "claude-opus-4.7", "gemini-3.1-pro", "deepseek-v4-pro"} <= set(found)
+    assert all(figure.sourced and figure.date for known in found.values() for figure in known.figures.values())
+    opus = found["claude-opus-4.7"]
+    assert opus.cached_usd_per_m == pytest.approx(0.1 * opus.input_usd_per_m), "90 % off cached reads"
 
 
 def test_every_figure_has_a_source_and_a_day_or_is_marked() -> None:

@@ -15,6 +15,7 @@ _NODES: dict[str, dict[str, tuple[str, ...]]] = {
         _PRODUCT: ("NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-PCIe"),
         _GKE: ("nvidia-h100-80gb", "nvidia-h100-mega-80gb"),
     },
+    "nvidia-h100-pcie": {_PRODUCT: ("NVIDIA-H100-PCIe",)},
     "nvidia-h100-nvl": {_PRODUCT: ("NVIDIA-H100-NVL",)},
     "nvidia-h200": {_PRODUCT: ("NVIDIA-H200",), _GKE: ("nvidia-h200-141gb",)},
     "nvidia-b200": {_PRODUCT: ("NVIDIA-B200",), _GKE: ("nvidia-b200",)},
