@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_planner.sim.books import Snapshot
 from moe_planner.sim.policy import PLAIN, Policy
 from moe_planner.sim.result import Outcome, Result
-from moe_planner.sim.simulate import Snapshot, simulate
+from moe_planner.sim.simulate import simulate
 from moe_planner.sim.workload import Arrivals, Lengths, Workload, generate
 from moe_planner.sim.world import World
 from tests.planner.sim_world import engine, rows, workloads, world, worlds

@@ -7,7 +7,6 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from moe_core.setting import Setting
 from moe_core.spill import Action, Failure, Thresholds
+from moe_planner.sim.books import Snapshot, books
 from moe_planner.sim.experts import Balance, ExpertLoad, load_over_time
 from moe_planner.sim.gateway import Gateway
 from moe_planner.sim.policy import Control, ControlContext, Policy, always_local
@@ -28,24 +28,6 @@ NAN = math.nan
 EVEN = Balance(1.0, 1.0, 1.0, 0.0)
 _NOTHING: frozenset[str] = frozenset()
 _PROGRESS_EVERY = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The books after one event, for tests: each figure is counted on its own. Tokens are output tokens."""
-
-    now_s: float
-    in_system: int
-    asked: int
-    """Of all requests that have arrived."""
-    made: int
-    left: int
-    """Of requests in flight, yet to be made."""
-    lost: int
-    """Of shed, failed and cut requests, never to be made."""
-    free_blocks: tuple[int, ...]
-    held_blocks: tuple[int, ...]
-    total_blocks: int
 
 
 def simulate(
@@ -165,7 +147,7 @@ class Run:
                 if progress is not None and not arrived % _PROGRESS_EVERY:
                     progress(arrived / total)
             if probe is not None:
-                probe(self.snapshot())
+                probe(books(self))
 
     def step(self, index: int, now: float) -> None:
         """A replica's jump has ended: note first tokens and ends, and begin the next."""
@@ -408,19 +390,6 @@ class Run:
                 self.wakes[index] = replica.end
 
     # The end
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(
-            self.now,
-            self.arrived - self.ended,
-            sum(self.output[: self.arrived]),
-            sum(replica.tokens_out for replica in self.replicas) + self.api_made,
-            sum(replica.tokens_left() for replica in self.replicas) + self.api_left,
-            self.lost,
-            tuple(replica.free for replica in self.replicas),
-            tuple(replica.blocks_held() for replica in self.replicas),
-            self.world.engine.blocks,
-        )
 
     def result(self) -> Result:
         return Result(
