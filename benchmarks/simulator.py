@@ -121,15 +121,23 @@ def compare(raw: dict[str, Any]) -> dict[str, Any]:
     segments = [s for s in raw["segments"] if s["requests"]]
     steps = [step for s in segments if s["load"] in FITTED for step in s["steps"]]
     figures = fit(steps)
-    limits = {"block": raw["block"], "max_active": raw["max_seqs"], "max_batched_tokens": raw["max_tokens"]}
-    kv_tokens = raw["block"] * raw["blocks"]
-    drift = drifts(segments, Engine(**figures, **limits, kv_tokens=kv_tokens))
-    engines = [Engine(**{n: v * d for n, v in figures.items()}, **limits, kv_tokens=kv_tokens) for d in drift]
+    limits: dict[str, Any] = {
+        "block": raw["block"],
+        "max_active": raw["max_seqs"],
+        "max_batched_tokens": raw["max_tokens"],
+    }
+    limits["kv_tokens"] = raw["block"] * raw["blocks"]
+
+    def engine(slower: float) -> Engine:
+        return Engine(**limits, **{name: value * slower for name, value in figures.items()})  # type: ignore[arg-type]
+
+    drift = drifts(segments, engine(1.0))
+    engines = [engine(slower) for slower in drift]
     rows: dict[str, dict[str, float]] = {}
     for load in (*FITTED, *HELD_OUT):
-        of = [(s, engine) for s, engine in zip(segments, engines, strict=True) if s["load"] == load]
+        of = [(s, e) for s, e in zip(segments, engines, strict=True) if s["load"] == load]
         real = [np.concatenate(parts) for parts in zip(*(seen(s) for s, _ in of), strict=True)]
-        simulated = [np.concatenate(parts) for parts in zip(*(replay(s, engine) for s, engine in of), strict=True)]
+        simulated = [np.concatenate(parts) for parts in zip(*(replay(s, e) for s, e in of), strict=True)]
         row = {"requests": float(len(real[0]))}
         for name, one, other in zip(("ttft", "itl"), real, simulated, strict=True):
             for q in (0.5, 0.95):
