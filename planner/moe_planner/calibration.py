@@ -38,12 +38,12 @@ BOUNDS: Mapping[str, Bounds] = {
     "network": Bounds(0.2, 0.6, 0.9),
     "spread": Bounds(0.02, 0.4, 2.0),
     "wait": Bounds(0.005, 0.05, 0.6),
-    "layer_s": Bounds(1e-6, 30e-6, 300e-6),
+    "kernel_s": Bounds(2e-7, 2e-6, 2e-5),
     "step_s": Bounds(1e-4, 2e-3, 20e-3),
     "sequence_s": Bounds(1e-7, 1e-5, 1e-4),
     "call_s": Bounds(2e-6, 15e-6, 100e-6),
 }
-"""Shares of peaks (bandwidth; GEMM by bytes of an operand; attention; links), and seconds: a layer's launches, a step,
+"""Shares of peaks (bandwidth; GEMM by bytes of an operand; attention; links), and seconds: a kernel's launch, a step,
 a sequence in it, a collective."""
 
 
@@ -66,7 +66,7 @@ class Factors:
     network: float
     spread: float
     wait: float
-    layer_s: float
+    kernel_s: float
     step_s: float
     sequence_s: float
     call_s: float
@@ -95,7 +95,7 @@ class Factors:
             network=peaks.network * self.network / slow,
             spread=self.spread,
             wait=self.wait,
-            layer_s=self.layer_s * slow,
+            kernel_s=self.kernel_s * slow,
             step_s=self.step_s * slow,
             sequence_s=self.sequence_s * slow,
             call_s=self.call_s * slow,

@@ -50,7 +50,7 @@ class Work:
     experts: Number
     missed: Number  # log of the chance that a token passes an expert by
     topk: Number
-    layers: Number  # of the stage
+    kernels: Number  # launched for one pass of the stage
     linear_bytes: Number  # weights read in every pass, whatever the batch, without experts and head
     linear_flops: Number  # per token of the GPU's own data rank
     mlp_bytes: Number  # dense and shared feed-forward layers
@@ -99,7 +99,7 @@ class Rates:
     network: Number
     spread: Number
     wait: Number
-    layer_s: Number
+    kernel_s: Number
     step_s: Number
     sequence_s: Number
     call_s: Number
@@ -200,7 +200,7 @@ def work(
         experts=model.experts,
         missed=math.log1p(-model.topk / model.experts) if model.topk < model.experts else -1e9,
         topk=model.topk,
-        layers=math.ceil(model.layers / layout.pipeline),
+        kernels=stage * kernels(model),
         linear_bytes=held[0],
         linear_flops=held[1],
         mlp_bytes=held[2],
@@ -216,6 +216,22 @@ def work(
         cross_bytes=sent.crossing,
         calls=sent.collectives,
     )
+
+
+@lru_cache(maxsize=256)
+def kernels(model: ModelFacts) -> float:
+    """Operations that a pass launches one after another, counted from the forms of the layers.
+
+    Attention: norm, projection, rotation, cache, scores with values, output; latent attention has two more projections
+    down, one up, a norm and two absorbed ones; V4's compressors four, its window and grouped output three; a delta net
+    convolution, gates and state. An indexer: queries, keys, weights, rotation, cache, scores, selection. Experts: norm,
+    router, selection, order, gate and up, product, down, sum; shared ones three; dense layers four.
+    """
+    m = model
+    attention = {"gqa": 6.0, "mla": 11.0, "csa": 17.0, "deltanet": 9.0}[m.attention]
+    indexed = sum(group.layers for group in m.kv_groups if m.index_dim and group.width == m.index_dim)
+    shared = 3.0 if m.shared_experts or m.shared_intermediate else 0.0
+    return m.layers * attention + 7.0 * indexed + m.moe_layers * (8.0 + shared) + m.dense_layers * 4.0
 
 
 @lru_cache(maxsize=8192)
@@ -285,7 +301,7 @@ def seconds(
     crossing = ops.maximum(tokens * w.cross_bytes / r.network - busy, 0.0)
     waiting = busy * r.wait * ops.sqrt(2.0 * ops.log(w.data))
     sent = tokens * w.send_bytes / r.link + w.calls * r.call_s + crossing + waiting
-    launch = w.layers * r.layer_s + r.step_s + sampled * r.sequence_s
+    launch = w.kernels * r.kernel_s + r.step_s + sampled * r.sequence_s
     computing = (
         _won(linear_work, linear_read)
         + _won(mlp_work, mlp_read)

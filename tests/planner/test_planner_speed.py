@@ -200,7 +200,7 @@ def test_cached_prompts_are_not_computed() -> None:
 
 def test_long_prompts_are_bound_by_arithmetic_and_small_batches_by_memory() -> None:
     ask, layout = ASKS["Qwen3-235B on H100"]
-    few = speed.predict(ask, layout, Load(1000, 1000, 16), CATALOG, replace(START, layer_s=1e-6, step_s=1e-4))
+    few = speed.predict(ask, layout, Load(1000, 1000, 16), CATALOG, replace(START, kernel_s=2.1e-7, step_s=1.1e-4))
     assert few.bound == "memory"
     assert few.parts["experts"] > few.parts["attention"]
 
