@@ -74,10 +74,9 @@ class Factors:
     error: float = 0.0
     engines: Mapping[str, float] = field(default_factory=dict)
 
-    def of_engine(self, name: str, accelerator: str = "") -> Factors:
-        """The factors with the software factors of an engine and of the accelerator's maker in force; 1 if unknown."""
-        maker = self.engines.get(accelerator.partition("-")[0], 1.0)
-        return replace(self, software=self.engines.get(name.lower(), 1.0) * maker)
+    def of_engine(self, name: str) -> Factors:
+        """The factors with that engine's software factor in force; an engine that is not known has the reference's."""
+        return replace(self, software=self.engines.get(name.lower(), 1.0))
 
     def rates(self, peaks: Peaks) -> Rates:
         """What is attained of the peaks."""

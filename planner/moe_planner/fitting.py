@@ -49,7 +49,7 @@ def split(rows: Sequence[Mapping[str, str]]) -> Side:
 def fit(cases: Sequence[Case], start: Factors | None = None) -> Factors:
     """Factors for throughput cases. Sources weigh as the root of their rows, so that none drowns the others."""
     used = [case for case in cases if case.throughput]
-    engines = [*sorted({case.engine for case in used} - {REFERENCE}), "amd"]
+    engines = sorted({case.engine for case in used} - {REFERENCE})
     bounds = {**BOUNDS, **{f"engine {name}": ENGINE for name in engines}}
     counts: dict[str, int] = {}
     for case in used:

@@ -442,7 +442,7 @@ def _fits(row: Mapping[str, str], ask: Ask, gpus: int, catalog: Catalog) -> bool
 
 def predict(case: Case, factors: Factors) -> float:
     """What the row's metric would be: tokens/s of all its GPUs, or seconds. Of several options the fastest."""
-    known = factors.of_engine(case.engine, case.accelerator.name)
+    known = factors.of_engine(case.engine)
     told = [_predict(case, option, known) for option in case.options]
     return max(told) if case.throughput else min(told)
 

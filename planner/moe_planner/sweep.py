@@ -142,13 +142,12 @@ def _rates(
     forms = sorted(set(kinds))
     table = np.full((len(names), len(forms), len(accelerators)), np.nan)
     for column, accelerator in enumerate(accelerators):
-        known = factors.of_engine("vllm", accelerator.name)
         for line, form in enumerate(forms):
             try:
                 peaks: Peaks = speed.peaks_of(accelerator, catalog.precisions[form], ALONE)
             except SpeedUnknown:
                 continue
-            found: Any = known.rates(peaks)
+            found: Any = factors.rates(peaks)
             table[:, line, column] = [getattr(found, name) for name in names]
     row_of = np.array([forms.index(kind) for kind in kinds])
     rates = {name: table[index][row_of] for index, name in enumerate(names)}
@@ -156,10 +155,9 @@ def _rates(
     gpus = np.array([layout.gpus for layout in at])[:, None]
     for name, taken in (("link", factors.link), ("network", factors.network)):
         speeds = np.array([_link(accelerator, name) for accelerator in accelerators])[None, :]
-        slow = np.array([factors.of_engine("vllm", a.name).software for a in accelerators])[None, :]
         domain = np.array([a.domain_gpus for a in accelerators])[None, :]
         needed = gpus > 1 if name == "link" else group > domain
-        rates[name] = np.where(needed, speeds * taken / slow, np.inf)
+        rates[name] = np.where(needed, speeds * taken / factors.software, np.inf)
     return rates
 
 
