@@ -243,6 +243,24 @@ def test_other_gpus_than_the_files_may_be_tried(moectl: Moectl, tmp_path: Path) 
     assert found["chosen"]["accelerator"] == "nvidia-h200"
 
 
+COLUMNS = (
+    "id,model,precision,engine,engine_version,hardware,gpus,tp,dp,ep,pp,disaggregated(yes/no),input_tokens,"
+    "output_tokens,concurrency_or_batch,metric,value,date,source,confidence,note"
+)
+RUN = "x1,DeepSeek-R1,FP8,vLLM,0.9,H200,8,8,,,,no,1000,1000,64,output_tok_s_total,2000,2026-01,someone,high,"
+
+
+def test_published_runs_are_held_against_the_prediction(moectl: Moectl, tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text(f"{COLUMNS}\n{RUN}\n")
+    code, out, err = moectl("--check", table)
+    assert (code, err) == (0, "")
+    assert "x1" in out
+    assert json.loads(moectl("--check", table, "--json")[1])
+    code, _, err = moectl("--check", tmp_path / "nowhere.csv")
+    assert (code, "nowhere.csv" in err) == (2, True)
+
+
 WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no model": ((), "--model", "name one"),
     "an unknown model": (("--model", "acme/other"), "acme/other is not in catalog", "catalog"),
