@@ -127,6 +127,8 @@ def _launch(answer: Answer) -> Iterator[str]:
         yield f"  the engine cannot be started so: {launch.why}"
     else:
         yield f"  {' '.join(launch.command())}"
+    if answer.chosen is not None and answer.chosen.layout.gpus > 1 and answer.chosen.layout.expert == 1:
+        yield "  Experts lie in slices on all ranks: load is even by itself, and capacity has nothing to balance."
     written = None if answer.as_written is None else answer.as_written.plan
     if written is not None and answer.chosen is not None and written.layout != answer.chosen.layout:
         yield f"  As it is written, the operator would launch {written.layout}."
