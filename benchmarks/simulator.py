@@ -1,6 +1,6 @@
 """How fast the simulator is, and how right its queueing is beside the real engine.
 
-    python -m benchmarks.simulator [--raw FILE] [--clock wall | cpu] [--rounds 12] [--quick] [--no-engine]
+    python -m benchmarks.simulator [--raw FILE] [--clock wall | steady] [--rounds 12] [--quick] [--no-engine]
 
 Speed: simulated requests of about 100 output tokens each, decided by production's own spill policy (`requests_per_s`)
 and by none (`requests_per_s_plain`), for a second of CPU time: the simulator has one thread, so that on an idle machine
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure; the last line is the result as JSON. Errors are null where the engine was left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=Path, help="a measurement of benchmarks.simulator_engine")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--clock", choices=["wall", "steady"], default="wall")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=2.5)
     parser.add_argument("--quick", action="store_true", help="small: shows that it works")

@@ -1,11 +1,15 @@
 """The real engine under open-loop loads, measured step by step, for `benchmarks.simulator`.
 
-    python -m benchmarks.simulator_engine OUT.json [--rounds 12] [--seconds 2.5] [--clock wall | cpu] [--quick]
+    python -m benchmarks.simulator_engine OUT.json [--rounds 12] [--seconds 2.5] [--clock wall | steady]
+        [--quick]
 
 vLLM with the tiny Qwen3-MoE on one thread, engine core in this process. Requests come at Poisson times; between two
 steps those that are due are handed over, as an engine core does it. A first burst shows the capacity; the loads are
-shares of it, taken in turn, so that a machine whose speed drifts drifts for all of them. `cpu` lets time run by the CPU
-time of this process: for machines that others use as well.
+shares of it, taken in turn, so that a machine whose speed drifts drifts for all of them.
+
+`--clock steady` is for machines that others use as well, where a step takes twice as long from one second to the next:
+time is the CPU time of this process, divided by how slow the machine is now. A small fixed piece of work, run after
+each step and not counted, tells that: the median of its last times over that of the warm-up. `wall` is the clock.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +39,56 @@ def log_normal(rng: random.Random, median: float, p99: float) -> int:
     return max(2, min(round(median * exp(rng.gauss(0.0, log(p99 / median) / 2.326))), MAX_LEN // 2 - 1))
 
 
+class WallClock:
+    """Seconds of the clock."""
+
+    def __call__(self) -> float:
+        return time.monotonic()
+
+    def look(self) -> None:
+        """Nothing to look at."""
+
+
+class SteadyClock:
+    """CPU seconds of this process on a machine as fast as it was at first."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self._matrix = torch.ones(96, 96)
+        self._last, self._now = time.process_time(), 0.0
+        self._usual = statistics.median(self._work() for _ in range(201))
+        self._seen = deque([self._usual], maxlen=9)
+        self._last = time.process_time()
+
+    def _work(self) -> float:
+        started = time.process_time()
+        total = 0
+        for i in range(1500):
+            total += i * i
+        product = self._matrix
+        for _ in range(6):
+            product = self._torch.nn.functional.silu(product @ self._matrix * 1e-3)
+        return time.process_time() - started
+
+    def __call__(self) -> float:
+        cpu = time.process_time()
+        self._now += (cpu - self._last) * self._usual / statistics.median(self._seen)
+        self._last = cpu
+        return self._now
+
+    def look(self) -> None:
+        """See how fast the machine is; the look takes no time of this clock."""
+        self()
+        self._seen.append(self._work())
+        self._last = time.process_time()
+
+
 class Timed:
     """The engine, its clock, and what it scheduled in each step."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock_name: str) -> None:
         from vllm import LLM
 
         from moe_serving.tiny import cached_checkpoint
@@ -51,7 +102,8 @@ class Timed:
             max_num_batched_tokens=MAX_TOKENS,
             disable_log_stats=True,
         )
-        self.llm, self.engine, self.clock = llm, llm.llm_engine, clock
+        self.llm, self.engine = llm, llm.llm_engine
+        self.clock = WallClock() if clock_name == "wall" else SteadyClock()
         core = self.engine.engine_core.engine_core
         self.scheduler = core.scheduler
         config = core.vllm_config.cache_config
@@ -101,6 +153,7 @@ class Timed:
                     row["first_s"] = now
                 if output.finished:
                     row["last_s"] = now
+            self.clock.look()
         return {"requests": rows, "steps": steps}
 
 
@@ -117,7 +170,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=12, help="of all loads in turn")
     parser.add_argument("--seconds", type=float, default=2.5, help="of arrivals at each load in a round")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--clock", choices=["wall", "steady"], default="wall")
     parser.add_argument("--quick", action="store_true", help="seconds: shows that it works")
     options = parser.parse_args()
     rounds, seconds = (1, 2.0) if options.quick else (options.rounds, options.seconds)
@@ -130,7 +183,7 @@ def main() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",
     }
-    timed = Timed(time.monotonic if options.clock == "wall" else time.process_time)
+    timed = Timed(options.clock)
     rng = random.Random(1)
     print("up; warming", file=sys.stderr, flush=True)
     timed.play([(0.0, n, 8) for n in (1, 8, 32, 64, 128, 200, 256, 300, 500) for _ in range(3)], "warm")

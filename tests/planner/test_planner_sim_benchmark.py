@@ -48,7 +48,7 @@ def raw(held_out_slower: float = 1.0) -> dict[str, Any]:
             )
         segments.append({"load": load, "round": 0, "requests": rows, "steps": steps(800)})
     return {
-        "clock": "cpu",
+        "clock": "steady",
         "capacity_rps": 40.0,
         "max_seqs": 16,
         "max_tokens": 256,
