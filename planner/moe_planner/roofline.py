@@ -147,6 +147,12 @@ def _per_entry(model: ModelFacts, group: KvGroup, decode: bool) -> float:
     return 4.0 * m.heads * m.head_dim
 
 
+@lru_cache(maxsize=4096)
+def sliced(layout: Layout) -> Layout:
+    """The layout with experts sliced: a GPU holds as many bytes of them as when they are whole."""
+    return Layout(layout.tensor, layout.data, 1, layout.pipeline)
+
+
 @lru_cache(maxsize=8192)
 def _weights(model: ModelFacts, precision: Precision, layout: Layout) -> tuple[float, ...]:
     """Bytes and operations per token on a GPU: of linear layers, dense and shared MLPs, the head, experts."""
@@ -188,7 +194,7 @@ def work(
     domain: int,
 ) -> Work:
     """Work of a layout: decode at a mean `context`, and a prompt of `prompt` tokens of which `new` are computed."""
-    held = _weights(model, precision, layout)
+    held = _weights(model, precision, sliced(layout))
     stage = math.ceil(model.layers / layout.pipeline) / model.layers
     sent = exchange.traffic(model, layout, domain)
     before = prompt - new / 2.0

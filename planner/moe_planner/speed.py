@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from moe_planner import calibration, exchange, memory, roofline
 from moe_planner.calibration import Factors
@@ -166,9 +167,14 @@ def fixed_bytes(ask: Ask, layout: Layout, catalog: Catalog) -> list[float]:
     engine = catalog.engine
     placed = memory.place(ask, layout, engine.batched_tokens[0], engine)
     held = placed.fixed - placed.activations
-    alone = replace(layout, data=1) if layout.expert > 1 else layout
+    alone = _alone(layout) if layout.expert > 1 else layout
     seqs = ask.active_seqs or engine.active_seqs
     return [held + memory.activation_bytes(ask.model, alone, step, min(seqs, step)) for step in engine.batched_tokens]
+
+
+@lru_cache(maxsize=4096)
+def _alone(layout: Layout) -> Layout:
+    return replace(layout, data=1)
 
 
 def room(ask: Ask, layout: Layout, catalog: Catalog) -> tuple[int, float]:

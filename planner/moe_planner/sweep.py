@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -121,16 +122,20 @@ def _by_domain(
     most: int,
 ) -> Iterator[tuple[list[int], Work]]:
     """Accelerators by the size of their domain, with the work that crosses its border counted for it."""
-    base = {item.name: np.array([getattr(w, item.name) for w in works], dtype=float)[:, None] for item in fields(Work)}
+    names = [item.name for item in fields(Work)]
+    take = attrgetter(*names)
+    table = np.array([take(work) for work in works], dtype=float)
+    base = {name: table[:, index, None] for index, name in enumerate(names)}
+    group = base["tensor"] * base["data"]
     for size in sorted({min(accelerator.domain_gpus, most) for accelerator in accelerators}):
         columns = [at for at, accelerator in enumerate(accelerators) if min(accelerator.domain_gpus, most) == size]
         changed = {name: base[name].copy() for name in ("send_bytes", "cross_bytes", "calls")}
-        for at, (model, layout) in enumerate(rows):
-            if layout.tensor * layout.data > size:
-                sent = traffic(model, layout, size)
-                changed["send_bytes"][at, 0] = sent.inside
-                changed["cross_bytes"][at, 0] = sent.crossing
-                changed["calls"][at, 0] = sent.collectives
+        for at in np.nonzero(group[:, 0] > size)[0]:
+            model, layout = rows[at]
+            sent = traffic(model, layout, size)
+            changed["send_bytes"][at, 0] = sent.inside
+            changed["cross_bytes"][at, 0] = sent.crossing
+            changed["calls"][at, 0] = sent.collectives
         yield columns, Work(**{**base, **changed})
 
 
