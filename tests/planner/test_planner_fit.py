@@ -225,9 +225,9 @@ def test_a_verdict_is_quick() -> None:
     check(asked)
 
     def once() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         check(asked)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(once() for _ in range(20)) < 0.01
 
