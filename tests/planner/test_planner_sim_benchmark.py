@@ -77,6 +77,26 @@ def test_a_simulated_engine_is_predicted_and_one_that_slows_down_at_held_out_loa
     assert min(wrong["ttft_p95_error"], wrong["itl_p95_error"]) > 0.25
 
 
+def test_a_machine_that_drifts_is_followed_by_the_clock_on_the_wall() -> None:
+    """Twice as slow in a second round, in steps and latencies alike: known from the fitted loads of that round."""
+    drifting = raw()
+    slow = []
+    for segment in raw()["segments"]:
+        rows = []
+        for row in segment["requests"]:
+            at = 2 * row["at_s"]
+            first, last = (at + 2 * (row[name] - row["at_s"]) for name in ("first_s", "last_s"))
+            rows.append({**row, "at_s": at, "first_s": first, "last_s": last})
+        slow.append(
+            {**segment, "round": 1, "requests": rows, "steps": [{**s, "s": 2 * s["s"]} for s in segment["steps"]]}
+        )
+    drifting["segments"] += slow
+    errors = {clock: compare({**drifting, "clock": clock}) for clock in ("wall", "steady")}
+    assert errors["steady"]["itl_p95_error"] > errors["wall"]["itl_p95_error"]
+    assert errors["wall"]["drift"][0] == pytest.approx(errors["wall"]["drift"][1] / 2, rel=0.05)
+    assert errors["wall"]["loads"]["0.45"]["itl_p95_error"] < 0.02
+
+
 def test_the_last_line_is_json_with_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "raw.json"
     path.write_text(json.dumps(raw()))
