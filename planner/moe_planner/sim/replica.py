@@ -48,7 +48,6 @@ class Replica:
         "step_s",
         "steps",
         "token_limit",
-        "tokens_in",
         "tokens_out",
         "up",
     )
@@ -61,7 +60,7 @@ class Replica:
         self.decode_s, self.active_s = engine.launch_s + engine.decode_s, engine.active_s
         self.up = True
         self.busy_s = 0.0
-        self.preemptions = self.tokens_in = self.tokens_out = 0
+        self.preemptions = self.tokens_out = 0
         self._empty()
 
     def _empty(self) -> None:
@@ -125,7 +124,6 @@ class Replica:
         if self.partial >= 0 or (self.queue and not preempted):
             prompt_tokens = self._admit(count, preempted)
         if prompt_tokens:
-            self.tokens_in += prompt_tokens
             engine = self.engine
             step_s = engine.prompt_s + prompt_tokens * self.prefill_token_s
             step_s += self.decode_s + count * self.active_s if count else engine.launch_s
@@ -236,10 +234,6 @@ class Replica:
         self._empty()
         self.up = False
         return lost
-
-    def in_flight(self) -> list[int]:
-        """Requests here now."""
-        return [*self.joined, *self.completes, *([self.partial] if self.partial >= 0 else []), *self.queue]
 
     def tokens_left(self) -> int:
         """Output tokens that requests here have yet to make, as of the last step that was counted."""
