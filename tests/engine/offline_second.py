@@ -138,6 +138,18 @@ def deep_gemm_error(expert_parallel: bool) -> float:
     return float((output - want).abs().amax())
 
 
+def lineage(llm: Any) -> list[str]:
+    """Classes of the model runner in use, nearest first."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return [f"{base.__module__}.{base.__qualname__}" for base in type(runner).__mro__]
+
+
+def logprobs(answer: Any) -> list[dict[str, float]]:
+    """The best tokens of each place, prompt and answer, and what they scored: every bit of it."""
+    places = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
+    return [{str(token): found.logprob for token, found in place.items()} for place in places]
+
+
 def main(job_path: Path) -> None:
     job: dict[str, Any] = json.loads(job_path.read_text())
     os.environ.update(
@@ -150,6 +162,7 @@ def main(job_path: Path) -> None:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_RPC_BASE_PATH": str(job_path.parent),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "MOESTACK_PLUGIN": "0" if job.get("stock") else "1",
         }
     )
     interpret_triton()
@@ -166,7 +179,15 @@ def main(job_path: Path) -> None:
         enable_prefix_caching=False,
         enforce_eager=True,
     )
-    result: dict[str, Any] = {"layers": llm.collective_rpc("moestack_start")[0], "phases": []}
+    scored = [
+        SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=5, prompt_logprobs=5)
+    ]
+    answers = llm.generate(job["prompts"], scored * len(job["prompts"]), use_tqdm=False)
+    result: dict[str, Any] = {"scores": [logprobs(answer) for answer in answers], "runner": lineage(llm)}
+    if job.get("stock"):
+        Path(job["out"]).write_text(json.dumps(result))
+        return
+    result.update(layers=llm.collective_rpc("moestack_start")[0], phases=[])
     params = [
         SamplingParams(
             temperature=0,
@@ -192,8 +213,6 @@ def main(job_path: Path) -> None:
                 "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
             }
         )
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    result["runner"] = [f"{base.__module__}.{base.__qualname__}" for base in type(runner).__mro__]
     result["kernel"] = {
         f"{'dropped' if drop else 'whole'}, {'a rank of two' if ranks else 'alone'}": kernel_error(drop, ranks)
         for drop in (False, True)

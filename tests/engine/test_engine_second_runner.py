@@ -38,17 +38,13 @@ PHASES: list[dict[str, Any]] = [
 MAX_TOKENS = 4
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def engine(folder: Path, **job: Any) -> dict[str, Any]:
     from moe_serving.tiny import Skew, cached_checkpoint
 
-    folder = tmp_path_factory.mktemp("second")
     out = folder / "out.json"
-    job = {
+    job |= {
         "checkpoint": str(cached_checkpoint("qwen3_moe", skew=Skew((0, 1), 3.0), **SHAPE)),
         "prompts": PROMPTS,
-        "tiers": TIERS,
-        "phases": PHASES,
         "max_tokens": MAX_TOKENS,
         "out": str(out),
     }
@@ -63,8 +59,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(out.read_text())
-    result["records"] = [torch.load(f"{out}.phase{number}.rank0.pt") for number in range(len(PHASES))]
     return result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("second")
+    result = engine(folder, tiers=TIERS, phases=PHASES)
+    result["records"] = [torch.load(folder / f"out.json.phase{number}.rank0.pt") for number in range(len(PHASES))]
+    return result
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return engine(tmp_path_factory.mktemp("stock"), stock=True)
 
 
 def counted(phase: dict[str, Any], layer: int, what: str) -> Any:
@@ -76,6 +84,12 @@ def test_it_is_the_second_runner_and_every_layer_is_hooked(run: dict[str, Any]) 
     assert "vllm.v1.worker.gpu.model_runner.GPUModelRunner" in run["runner"]
     assert [(row["hooked"], row["why"]) for row in run["layers"]] == [(True, "")] * LAYERS
     assert [phase["error"] for phase in run["phases"]] == [None] * len(PHASES)
+
+
+def test_unlimited_is_bit_identical_to_stock(run: dict[str, Any], stock: dict[str, Any]) -> None:
+    assert stock["runner"] == run["runner"]
+    assert len(stock["scores"]) == len(PROMPTS)
+    assert stock["scores"] == run["scores"]
 
 
 @pytest.mark.parametrize("number", range(len(PHASES)))
