@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from moe_cli.outcome import Problem, Refusal
+from moe_core import trace
 
-COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 Z99 = 2.3263478740408408
 """99th percentile of the standard normal distribution."""
 
@@ -69,43 +67,12 @@ def read_trace(path: Path, *, speed: float = 1.0, seconds: float | None = None) 
     `speed` 2 replays it twice as fast; `seconds` ends it after that much replayed time. Raises Refusal.
     """
 
-    def refuse(message: str) -> Refusal:
-        remedy = f"a CSV with the columns {','.join(COLUMNS)} is wanted"
-        return Refusal(Problem(field="--trace", message=message, remedy=remedy))
-
-    arrivals: list[Arrival] = []
-    start: float | None = None
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            if not set(COLUMNS) <= set(rows.fieldnames or ()):
-                raise refuse(f"{path} has the columns {','.join(rows.fieldnames or ()) or 'none'}")
-            for row in rows:
-                at, inputs, outputs = (row[name] or "" for name in COLUMNS)
-                moment = _seconds(at)
-                start = moment if start is None else start
-                lengths = (max(1, int(inputs)), max(1, int(outputs)))
-                arrivals.append(Arrival((moment - start) / speed, *lengths))
-    except (ValueError, TypeError) as error:
-        raise refuse(f"{path}, line {rows.line_num}: {error}") from None
-    except OSError as error:
-        raise refuse(f"{path}: {error.strerror}") from None
-    if not arrivals:
-        raise refuse(f"{path} has no requests")
-    arrivals.sort(key=lambda arrival: arrival.at_s)
-    first = arrivals[0].at_s
-    shifted = [Arrival(a.at_s - first, a.input_tokens, a.output_tokens) for a in arrivals]
-    return [a for a in shifted if seconds is None or a.at_s < seconds]
-
-
-def _seconds(text: str) -> float:
-    """Unix seconds of `2023-11-16 18:17:03.9799600` (any number of decimals) or of a plain number of seconds."""
-    try:
-        return float(text)
-    except ValueError:
-        whole, _, decimals = text.strip().replace("T", " ").removesuffix("Z").partition(".")
-        moment = datetime.strptime(whole, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
-        return moment.timestamp() + (float(f"0.{decimals}") if decimals else 0.0)
+        recorded = trace.read(path)
+    except trace.TraceInvalid as error:
+        raise Refusal(Problem(field="--trace", message=error.message, remedy=error.remedy)) from None
+    arrivals = [Arrival(one.at_s / speed, one.input_tokens, one.output_tokens) for one in recorded]
+    return [a for a in arrivals if seconds is None or a.at_s < seconds]
 
 
 def prompt(rng: random.Random, tokens: int, chars_per_token: float) -> str:

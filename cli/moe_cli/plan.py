@@ -178,8 +178,7 @@ def _catalog(options: PlanOptions) -> tuple[Catalog, Mapping[str, Tariff]]:
     try:
         return overlay.load(options.catalog), overlay.load_prices(options.catalog)
     except CatalogInvalid as error:
-        message = str(error).removeprefix(f"{error.where}: ")
-        raise Refusal(Problem(field="--catalog", message=error.where, remedy=message)) from None
+        raise Refusal(Problem(field="--catalog", message=error.where, remedy=error.remedy)) from None
 
 
 def _facts(config: Path, name: str) -> ModelFacts:
@@ -190,8 +189,7 @@ def _facts(config: Path, name: str) -> ModelFacts:
         remedy = "name the config.json of a checkpoint"
         raise Refusal(Problem(field="--config", message=f"{config}: {error}", remedy=remedy)) from None
     except CatalogInvalid as error:
-        message = str(error).removeprefix(f"{error.where}: ")
-        raise Refusal(Problem(field="--config", message=error.where, remedy=message)) from None
+        raise Refusal(Problem(field="--config", message=error.where, remedy=error.remedy)) from None
 
 
 def _resource(options: PlanOptions, catalog: Catalog) -> MoEDeployment:

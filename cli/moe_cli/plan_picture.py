@@ -9,9 +9,9 @@ from moe_cli import plan_text
 from moe_cli.heat_picture import FAINT, INK, PAPER, UNKNOWN
 from moe_cli.plan_answer import Answer
 from moe_planner import report
+from moe_planner.catalog import GIB
 from moe_planner.search import Option
 
-GIB = 2**30
 WIDTH, HEIGHT = 1080, 640
 _PARTS = {
     "Weights": "#21529c",

@@ -8,11 +8,11 @@ import yaml
 
 from moe_cli.plan_answer import Answer
 from moe_planner import report
+from moe_planner.catalog import GIB
 from moe_planner.plan import Plan
 from moe_planner.profiles import Profile, Reproduced, assumptions, profiles, reproduced
 from moe_planner.search import Found, Option, Place
 
-GIB = 2**30
 MOST = 12
 """Rows of the front; --json has all of them."""
 WIDTH = 60

@@ -16,6 +16,7 @@ from moe_planner.cost import (
     api_usd_per_m,
     at_least,
     check_tariff,
+    input_usd_per_m,
     share,
 )
 
@@ -159,8 +160,7 @@ def output_share(tariff: Tariff, usd_per_m: float, cached_share: float = 0.0) ->
     The mean price is linear in the share, from the price of input (part of it cached) to the price of output.
     """
     check_tariff(tariff)
-    cached = tariff.input_usd_per_m if tariff.cached_usd_per_m is None else tariff.cached_usd_per_m
-    low = tariff.input_usd_per_m * (1 - share("cached_share", cached_share)) + cached * cached_share
+    low = input_usd_per_m(tariff, cached_share)
     high = tariff.output_usd_per_m
     if high == low:
         return None

@@ -48,6 +48,7 @@ __all__ = [
 
 FILES = ("models.toml", "accelerators.toml", "engine.toml")
 MIB = 2**20
+GIB = 2**30
 GB = 10**9
 
 

@@ -14,11 +14,10 @@ from moe_api.spec import MoEDeploymentSpec
 from moe_planner import kv, memory, remedies, weights
 from moe_planner.catalog import GB, Accelerator, Catalog, ModelFacts, Precision, packaged
 from moe_planner.choice import Choice, choose
+from moe_planner.cost import HOURS_PER_MONTH
 from moe_planner.exchange import ACTIVATION_BYTES, DISPATCH_BYTES
 from moe_planner.layouts import Impossible
 from moe_planner.memory import Ask
-
-HOURS_A_MONTH = 730
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def _rent(catalog: Catalog) -> list[str]:
     lines = [
         "## Rent of what fits V4-Pro\n",
         "Said: 8×H100 for V4-Pro cost about $25K a month. They do not hold it in any form; at the catalog's rents"
-        f" ({HOURS_A_MONTH} hours a month):\n",
+        f" ({HOURS_PER_MONTH:.0f} hours a month):\n",
         "| GPUs | USD per GPU-hour | USD a month | holds V4-Pro |",
         "| --- | --- | --- | --- |",
     ]
@@ -264,7 +263,7 @@ def _rent(catalog: Catalog) -> list[str]:
     for (name, gpus), forms in held.items():
         rent = catalog.accelerators[name].rent_usd_per_hour
         if rent is not None:
-            month = rent * gpus * HOURS_A_MONTH
+            month = rent * gpus * HOURS_PER_MONTH
             lines.append(f"| {gpus} × {name} | {rent:.2f} | {month:,.0f} | {' and '.join(forms) or 'no'} |")
     return [*lines, ""]
 

@@ -93,13 +93,17 @@ def check_tariff(tariff: Tariff) -> None:
             at_least(f"{tariff.name}.{field}", value, 0.0)
 
 
+def input_usd_per_m(tariff: Tariff, cached_share: float) -> float:
+    """Dollars for a million tokens of input, so much of it read from a prefix cache."""
+    cached = tariff.input_usd_per_m if tariff.cached_usd_per_m is None else tariff.cached_usd_per_m
+    return tariff.input_usd_per_m * (1 - share("cached_share", cached_share)) + cached * cached_share
+
+
 def request_usd(tariff: Tariff, workload: Workload) -> float:
     """Dollars of a mean request from an API."""
     check_tariff(tariff)
-    cached = workload.input_tokens * workload.cached_share
-    price = tariff.input_usd_per_m if tariff.cached_usd_per_m is None else tariff.cached_usd_per_m
-    fresh = (workload.input_tokens - cached) * tariff.input_usd_per_m
-    return (fresh + cached * price + workload.output_tokens * tariff.output_usd_per_m) / MILLION
+    reading = workload.input_tokens * input_usd_per_m(tariff, workload.cached_share)
+    return (reading + workload.output_tokens * tariff.output_usd_per_m) / MILLION
 
 
 def api_usd_per_m(tariff: Tariff, workload: Workload) -> float:

@@ -43,19 +43,3 @@ def placement(experts: int, topk: int, ranks: int, skew: float) -> float:
         return 1.0
     q = inclusion(experts, topk, skew)
     return max(sum(q[rank::ranks]) for rank in range(ranks)) * ranks / topk
-
-
-def straggler(
-    experts: int, topk: int, tokens: float, ranks: int, skew: float = 0.0, gamma: float | None = None
-) -> float:
-    """Expected max/mean of tokens by rank: placement, chance, and what capacity γ leaves of both.
-
-    Chance: the largest of `ranks` loads that are near Poisson with mean μ lies about √(2 μ ln ranks) above it. One rank
-    gets all at most. With C = γ·mean slots for each expert no rank has more than γ times the mean.
-    """
-    if ranks <= 1:
-        return 1.0
-    mean = max(tokens * topk / ranks, 1e-9)
-    chance = math.sqrt(2.0 * math.log(ranks) / mean)
-    factor = min(placement(experts, topk, ranks, skew) + chance, float(ranks))
-    return factor if gamma is None else max(1.0, min(factor, gamma))

@@ -25,7 +25,7 @@ class CatalogInvalid(Exception):
     """A catalog file is wrong. Names the file, the entry, the figure and the remedy."""
 
     def __init__(self, where: str, remedy: str) -> None:
-        self.where = where
+        self.where, self.remedy = where, remedy
         super().__init__(f"{where}: {remedy}")
 
 

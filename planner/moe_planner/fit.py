@@ -9,7 +9,7 @@ from moe_api.enums import EngineKind, Quantization
 from moe_api.spec import MoEDeploymentSpec
 from moe_api.spec_model import HardwareSpec, ParallelismSpec
 from moe_planner import layouts, memory, remedies
-from moe_planner.catalog import Catalog, ModelFacts, Precision, packaged
+from moe_planner.catalog import GIB, Catalog, ModelFacts, Precision, packaged
 from moe_planner.choice import Choice, choose
 from moe_planner.layouts import Impossible
 from moe_planner.memory import Ask
@@ -17,7 +17,6 @@ from moe_planner.plan import Plan, nodes, table
 from moe_planner.weights import Layout
 
 CPU = "cpu"
-GIB = 2**30
 MAX_MESSAGE = 1024
 ROUND_SEQS = 8
 

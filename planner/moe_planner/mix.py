@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_planner.cost import CostInvalid, Tariff, at_least, check_tariff, share
+from moe_planner.cost import MILLION, CostInvalid, Tariff, at_least, check_tariff, input_usd_per_m, share
 
 Floats = NDArray[np.float64]
 
@@ -141,8 +141,6 @@ def mixes(
 
 def _usd(trace: Trace, tariff: Tariff, cached_share: float) -> Floats:
     """Dollars of each request at the API."""
-    cached = tariff.input_usd_per_m if tariff.cached_usd_per_m is None else tariff.cached_usd_per_m
-    price = tariff.input_usd_per_m * (1 - cached_share) + cached * cached_share
     inputs, outputs = (np.asarray(c, dtype=np.float64) for c in (trace.input_tokens, trace.output_tokens))
-    usd: Floats = (inputs * price + outputs * tariff.output_usd_per_m) / 1e6
+    usd: Floats = (inputs * input_usd_per_m(tariff, cached_share) + outputs * tariff.output_usd_per_m) / MILLION
     return usd

@@ -279,6 +279,21 @@ def routing(model: ModelFacts, layout: Layout, skew: float, gamma: float | None,
     )
 
 
+def straggler(placed: Number, mean: Number, ranks: Number, gamma: float | None = None, ops: Ops = SCALAR) -> Number:
+    """Expected max/mean of slots by rank: placement, chance, and what capacity γ leaves of both.
+
+    Chance: the largest of `ranks` loads that are near Poisson with mean μ lies about √(2 μ ln ranks) above it. One rank
+    gets all at most. With C = γ·mean slots for each expert no rank has more than γ times the mean.
+    """
+    factor = ops.minimum(placed + _extreme(ranks, ops) / ops.sqrt(mean), 1.0 * ranks)
+    return factor if gamma is None else ops.maximum(ops.minimum(factor, gamma), 1.0)
+
+
+def _extreme(ranks: Number, ops: Ops) -> Number:
+    """By how many deviations the largest of so many lies above the mean."""
+    return ops.sqrt(2.0 * ops.log(ranks))
+
+
 def seconds(
     w: Work, r: Rates, tokens: Number, core: tuple[Number, Number], sampled: Number, route: Routing, ops: Ops
 ) -> Parts:
@@ -286,12 +301,10 @@ def seconds(
     group = tokens * w.data
     share = route.share(w, group, ops)
     mean = ops.maximum(group * w.topk / w.expert_ranks, 1e-9)
-    # The largest of several near-Poisson loads: experts.straggler, here for numbers and arrays alike.
-    extreme = ops.sqrt(2.0 * ops.log(w.expert_ranks))
-    placed = 1.0 + r.spread * extreme * ops.sqrt(w.expert_ranks / w.experts) if route.placed is None else route.placed
-    factor = ops.minimum(placed + extreme / ops.sqrt(mean), 1.0 * w.expert_ranks)
-    if route.gamma is not None:
-        factor = ops.maximum(ops.minimum(factor, route.gamma), 1.0)
+    placed = route.placed
+    if placed is None:
+        placed = 1.0 + r.spread * _extreme(w.expert_ranks, ops) * ops.sqrt(w.expert_ranks / w.experts)
+    factor = straggler(placed, mean, w.expert_ranks, route.gamma, ops)
     linear_read = w.linear_bytes / r.bandwidth
     linear_work = tokens * w.linear_flops / r.linear_flops
     head_read, head_work = w.head_bytes / r.bandwidth, sampled * w.head_flops / r.head_flops

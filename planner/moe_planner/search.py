@@ -12,7 +12,7 @@ from moe_api.spec_model import ParallelismSpec
 from moe_planner import layouts, memory, speed
 from moe_planner.breakeven import Own
 from moe_planner.calibration import Factors
-from moe_planner.catalog import Accelerator, Catalog
+from moe_planner.catalog import GIB, Accelerator, Catalog
 from moe_planner.cost import MILLION, CostInvalid, at_least, share
 from moe_planner.layouts import Impossible
 from moe_planner.memory import Ask, Memory
@@ -276,14 +276,15 @@ class _Search:
     ) -> tuple[list[Option], Option | None, str | None]:
         """Options that keep the SLO, by requests in flight; the one that misses it least; what memory lacks."""
         step, _ = speed.room(ask, layout, self.catalog)
-        most, lacks = self._most(ask, layout, step)
+        room = memory.place(ask, layout, step, self.catalog.engine)
+        most, lacks = self._most(ask, layout, step, room)
         if not most:
             return [], None, lacks
         kept: list[Option] = []
         good, bad = 0, most + 1
         missed: Option | None = None
         for concurrency in sorted({*(c for c in LADDER if c < most), most}):
-            option = self._option(ask, place, layout, step, concurrency, gamma)
+            option = self._option(ask, place, layout, step, room, concurrency, gamma)
             if option.over(self.slo) <= 1:
                 kept.append(option)
                 good = concurrency
@@ -293,7 +294,7 @@ class _Search:
                 break
         while kept and good + max(1, good // 16) < bad <= most:
             middle = (good + bad) // 2
-            option = self._option(ask, place, layout, step, middle, gamma)
+            option = self._option(ask, place, layout, step, room, middle, gamma)
             if option.over(self.slo) <= 1:
                 kept.append(option)
                 good = middle
@@ -301,20 +302,19 @@ class _Search:
                 bad = middle
         return kept, missed, None
 
-    def _most(self, ask: Ask, layout: Layout, step: int) -> tuple[int, str]:
+    def _most(self, ask: Ask, layout: Layout, step: int, room: Memory) -> tuple[int, str]:
         """Most requests that a replica holds at once: 0 where not one does, and then what is lacking."""
-        room = memory.place(ask, layout, step, self.catalog.engine)
         longest = self.context or math.ceil(self.traffic.tokens)
         need = memory.sequence_bytes(ask, layout, longest, step)
         if room.cache < need:
-            lacking = (need - room.cache) / 2**30
+            lacking = (need - room.cache) / GIB
             return 0, f"{lacking:,.1f} GiB a GPU too little for one sequence of {longest:,} tokens"
         load = Load(self.traffic.input_tokens, self.traffic.output_tokens, 1, self.traffic.cached_share)
         rows = min(speed.sequences(ask, layout, room.cache, load), ask.active_seqs or MOST_SEQS, step)
         return int(rows) * layout.data, ""
 
     def _option(
-        self, ask: Ask, place: Place, layout: Layout, step: int, concurrency: int, gamma: float | None
+        self, ask: Ask, place: Place, layout: Layout, step: int, room: Memory, concurrency: int, gamma: float | None
     ) -> Option:
         traffic = self.traffic
         load = Load(traffic.input_tokens, traffic.output_tokens, concurrency, traffic.cached_share, traffic.skew, gamma)
@@ -330,7 +330,7 @@ class _Search:
             concurrency=concurrency,
             gamma=gamma,
             redundant=ask.redundant,
-            memory=memory.place(ask, layout, step, self.catalog.engine),
+            memory=room,
             speed=found,
             replicas=replicas,
             usd_per_m=None if rent is None else replicas * place.gpus * rent / 3600 / served * MILLION,

@@ -101,7 +101,9 @@ def prepare(ask: Ask, layout: Layout, load: Load, catalog: Catalog) -> Prepared:
         )
     route = roofline.routing(ask.model, layout, load.skew, load.gamma, ask.redundant)
     running = min(float(load.concurrency), most)
-    return Prepared(ask, layout, load, work_of(ask, layout, load), peaks, route, chunk, running)
+    return Prepared(
+        ask, layout, load, work_of(ask, layout, load, ask.accelerator.domain_gpus), peaks, route, chunk, running
+    )
 
 
 def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout) -> Peaks:
@@ -143,8 +145,8 @@ def _unknown(accelerator: Accelerator, figure: str) -> SpeedUnknown:
     return SpeedUnknown(f"accelerators.{accelerator.name}.{figure}: not known: add it to the catalog with its source")
 
 
-def work_of(ask: Ask, layout: Layout, load: Load) -> Work:
-    """Work of a layout at the load's mean context."""
+def work_of(ask: Ask, layout: Layout, load: Load, domain: int) -> Work:
+    """Work of a layout at the load's mean context; `domain`: GPUs that NVLink or its like joins."""
     context = load.input_tokens + load.output_tokens / 2.0
     return roofline.work(
         ask.model,
@@ -154,7 +156,7 @@ def work_of(ask: Ask, layout: Layout, load: Load) -> Work:
         context=context,
         prompt=load.input_tokens,
         new=load.new_tokens,
-        domain=ask.accelerator.domain_gpus,
+        domain=domain,
     )
 
 

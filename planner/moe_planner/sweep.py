@@ -63,7 +63,7 @@ def sweep(catalog: Catalog, load: Load, factors: Factors, most: int = 16) -> Swe
     for model, precision, layout in _every(catalog, most):
         ask = Ask(model, precision, accelerators[0], model.kv_dtype == "fp8")
         rows.append((model, layout))
-        works.append(_work(ask, layout, load, most))
+        works.append(speed.work_of(ask, layout, load, most))
         fixed.append(speed.fixed_bytes(ask, layout, catalog))
         each.append(speed.room_of_sequence(ask, layout, load, speed.YIELDED))
         kinds.append(precision.name)
@@ -99,19 +99,6 @@ def _every(catalog: Catalog, most: int) -> Iterator[tuple[ModelFacts, Precision,
         for layout in shapes(most):
             if layouts.problem(layout, model, precision, 0) is None:
                 yield model, precision, layout
-
-
-def _work(ask: Ask, layout: Layout, load: Load, domain: int) -> Work:
-    return roofline.work(
-        ask.model,
-        ask.precision,
-        layout,
-        fp8_cache=ask.fp8_cache,
-        context=load.input_tokens + load.output_tokens / 2.0,
-        prompt=load.input_tokens,
-        new=load.new_tokens,
-        domain=domain,
-    )
 
 
 def _by_domain(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_planner import calibration, catalog, exchange, experts, layouts, speed, sweep
+from moe_planner import calibration, catalog, exchange, experts, layouts, roofline, speed, sweep
 from moe_planner.calibration import BOUNDS, START
 from moe_planner.memory import Ask
 from moe_planner.speed import Load, SpeedUnknown
@@ -57,15 +57,14 @@ def test_skew_touches_fewer_experts_and_every_token_has_its_k(
 )
 def test_lower_capacity_never_raises_the_straggler(ranks: int, tokens: float, skew: float, a: float, b: float) -> None:
     low, high = sorted((a, b))
-    tight = experts.straggler(128, 8, tokens, ranks, skew, low)
-    loose = experts.straggler(128, 8, tokens, ranks, skew, high)
-    free = experts.straggler(128, 8, tokens, ranks, skew)
+    placed, mean = experts.placement(128, 8, ranks, skew), tokens * 8 / ranks
+    tight, loose, free = (roofline.straggler(placed, mean, ranks, gamma) for gamma in (low, high, None))
     assert 1.0 <= tight <= loose <= max(free, 1.0) <= ranks
     assert tight <= low
 
 
 def test_one_rank_waits_for_nobody() -> None:
-    assert experts.straggler(128, 8, 64, 1, 1.0) == 1.0
+    assert roofline.straggler(experts.placement(128, 8, 1, 1.0), 64 * 8, 1) == 1.0
 
 
 def test_all_to_all_of_deepseek_v3_is_nine_to_ten_megabytes_a_token_at_most() -> None:

@@ -37,7 +37,11 @@ class Scenario:
 
 def names(path: Path) -> list[str]:
     """Scenarios of a file, in its order."""
-    return [_text(one, "name", f"scenarios[{i}]") for i, one in enumerate(_list(_document(path), "scenarios", ""))]
+    return _names(_document(path))
+
+
+def _names(document: Mapping[str, Any]) -> list[str]:
+    return [_text(one, "name", f"scenarios[{i}]") for i, one in enumerate(_list(document, "scenarios", ""))]
 
 
 def load(path: Path, name: str, *, traces: Path | None = None, scale: float = 1.0, seed: int | None = None) -> Scenario:
@@ -47,7 +51,7 @@ def load(path: Path, name: str, *, traces: Path | None = None, scale: float = 1.
     beside the file, or in `traces`. Raises ScenarioInvalid.
     """
     document = _document(path)
-    known = names(path)
+    known = _names(document)
     if name not in known:
         _refuse("--scenario", f"{name!r} is not in {path}", f"one of {', '.join(known)}")
     if not (math.isfinite(scale) and scale > 0):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+from moe_core import trace
+
 Z99 = 2.3263478740408408
 """99th percentile of the standard normal distribution."""
 Z95 = 1.6448536269514722
@@ -46,7 +46,7 @@ class Workload:
         return len(self.at_s)
 
     @classmethod
-    def of(cls, rows: list[tuple[float, int, int]]) -> Workload:
+    def of(cls, rows: Sequence[tuple[float, int, int]]) -> Workload:
         """From (seconds, input tokens, output tokens), in any order."""
         rows = sorted(rows, key=lambda row: row[0])
         return cls(
@@ -181,36 +181,7 @@ def _gaps(rng: np.random.Generator, shape: float, length: float) -> Floats:
 
 def read_trace(path: Path) -> Workload:
     """A trace in the form of the Azure LLM inference traces (CSV: TIMESTAMP,ContextTokens,GeneratedTokens)."""
-    remedy = f"a CSV with the columns {','.join(COLUMNS)} is wanted"
-    rows: list[tuple[float, int, int]] = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not set(COLUMNS) <= set(reader.fieldnames or ()):
-                have = ",".join(reader.fieldnames or ()) or "none"
-                raise WorkloadInvalid(f"{path}: its columns are {have}; {remedy}")
-            for row in reader:
-                try:
-                    at, inputs, outputs = (row[name] or "" for name in COLUMNS)
-                    rows.append((_seconds(at), max(1, int(inputs)), max(1, int(outputs))))
-                except (ValueError, TypeError) as error:
-                    raise WorkloadInvalid(f"{path}, line {reader.line_num}: {error}; {remedy}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise WorkloadInvalid(f"{path}: {getattr(error, 'strerror', None) or error}; {remedy}") from None
-    if not rows:
-        raise WorkloadInvalid(f"{path}: it has no requests; {remedy}")
-    first = min(row[0] for row in rows)
-    return Workload.of([(at - first, inputs, outputs) for at, inputs, outputs in rows])
-
-
-def _seconds(text: str) -> float:
-    """Unix seconds of `2023-11-16 18:17:03.9799600` (any number of decimals) or of a plain number of seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        whole, _, decimals = text.strip().replace("T", " ").removesuffix("Z").partition(".")
-        moment = datetime.strptime(whole, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
-        seconds = moment.timestamp() + (float(f"0.{decimals}") if decimals else 0.0)
-    if not math.isfinite(seconds):
-        raise ValueError(f"{text!r} is no time")
-    return seconds
+        return Workload.of(trace.read(path))
+    except trace.TraceInvalid as error:
+        raise WorkloadInvalid(str(error)) from None
