@@ -54,6 +54,10 @@ class Call:
     since_s: float = 0.0
     stop: Stop | None = None
     tier: str = "default"
+    tenant: str | None = None
+    """Who asks, by authentication; by the header x-moestack-tenant only where there is none."""
+    key_id: str | None = None
+    """Which key or token it came with: a name that tells nothing of the key itself."""
     # The decision that counted, and what came of it.
     upstream: str | None = None
     local: bool = True
