@@ -108,11 +108,11 @@ def test_what_the_file_sets_of_the_engine_stands(moectl: Moectl, tmp_path: Path)
 
 
 def test_an_accelerator_whose_speed_is_not_known_still_fits(moectl: Moectl) -> None:
-    words = ("--model", "openai/gpt-oss-20b", "--accelerator", "nvidia-a10", "--gpus", "1")
+    words = ("--model", "openai/gpt-oss-20b", "--accelerator", "nvidia-rtx-3090", "--gpus", "1")
     code, out, err = moectl(*words)
     assert (code, err) == (0, "")
     assert "Memory of one GPU of 1" in out
-    assert "unknown speed: accelerators.nvidia-a10" in out
+    assert "unknown speed: accelerators.nvidia-rtx-3090" in out
 
 
 def test_skew_may_bring_capacity_into_the_launch(moectl: Moectl) -> None:

@@ -139,6 +139,7 @@ HARDWARE: dict[str, str | None] = {
     "MI325X-256GB": "amd-mi325x",
     "MI355X-288GB": "amd-mi355x",
     "RTX PRO 6000 Blackwell SE": "nvidia-rtx-pro-6000",
+    "TPU v5p": "tpu-v5p",
     "TPU v6e": "tpu-v6e",
     "nvidia-h100": "nvidia-h100",
     "H1000": None,
@@ -192,6 +193,18 @@ def test_links_and_peaks_are_of_one_gpu_in_one_direction() -> None:
     for known in found.values():
         rates = [known.flops[size] for size in (2.0, 1.0, 0.5) if size in known.flops]
         assert rates == sorted(rates), f"{known.name}: fewer bits are never slower"
+
+
+# What drivers report, in MiB: datasheets say GB and mean GiB, which would cost 7 %.
+REPORTED = {
+    "nvidia-h100": 81_559, "nvidia-h200": 143_771, "nvidia-h20": 97_871, "nvidia-b200": 182_630,
+    "amd-mi300x": 196_592, "amd-mi325x": 262_144, "tpu-v5p": 95 * 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_memory_is_what_the_driver_reports(name: str) -> None:
+    assert packaged().accelerators[name].memory_bytes == REPORTED[name] * 2**20
 
 
 def test_prices_have_a_source_and_a_day() -> None:

@@ -208,7 +208,7 @@ def test_long_prompts_are_bound_by_arithmetic_and_small_batches_by_memory() -> N
 
 
 REFUSED = {
-    "a GPU without bandwidth": (_ask("gpt-oss-20b", "mxfp4", "nvidia-l4"), Layout(1), "bandwidth_gb_s"),
+    "a GPU without bandwidth": (_ask("gpt-oss-20b", "mxfp4", "nvidia-rtx-3090"), Layout(1), "bandwidth_gb_s"),
     "no room": (_ask("deepseek-v3", "fp8", "nvidia-h100"), Layout(8), "no room"),
     "two nodes and no network": (_ask("deepseek-v3", "fp8", "nvidia-h20"), Layout(1, 16, 16), "nic_gb_s"),
 }

@@ -156,7 +156,7 @@ def test_shapes_that_a_rank_cannot_tell_are_not_guessed(ranks: list[dict[str, An
         ("fp8 has its own peak", "nvidia-h200", 1, Peaks(9.6e12, 3958e12)),
         ("no peak for 4-byte weights", "nvidia-h200", 4, Peaks(9.6e12, None)),
         ("bandwidth alone is published", "nvidia-a100-80gb", 1, Peaks(4.078e12, None)),
-        ("nothing found", "nvidia-l4", 2, UNKNOWN),
+        ("nothing found", "nvidia-rtx-3090", 2, UNKNOWN),
         ("a CPU", "cpu", 4, UNKNOWN),
     ],
 )
