@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_short_form_measures_the_gateway_with_everything_on() -> None:
     command = [sys.executable, "-m", "benchmarks.gateway", "--quick", "--only", "ours", "--soak", "300"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["cpu_ms"]["ours"]["unary"] > 0
