@@ -171,7 +171,7 @@ def proxy(name: str, mock: str, folder: Path) -> Iterator[Proxy]:
     port, bin_ = free_port(), environment(name)
     if name == "router":
         command = [str(bin_ / "vllm-router"), "--host", "127.0.0.1", "--port", str(port), "--worker-urls", mock]
-        command += ["--policy", "round_robin", "--prometheus-port", str(free_port()), "--log-level", "warning"]
+        command += ["--prometheus-port", str(free_port())]
         command += ["--log-dir", str(folder)]
     else:
         parameters = {"model": "openai/bench", "api_base": f"{mock}/v1", "api_key": "none"}
