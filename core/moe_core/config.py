@@ -33,6 +33,7 @@ class TargetConfig(Model):
     api_key_file: str | None = Field(default=None, description="file that holds the key; read again when it changes")
     usd_per_m_input: Decimal = Decimal(0)
     usd_per_m_output: Decimal = Decimal(0)
+    api_version: str | None = Field(default=None, description="of azure-openai; None: the newest that is no preview")
 
 
 class ForeignMetrics(Model):

@@ -57,7 +57,7 @@ ENGINE_ENV = {
 DEFAULT_ACTIVE_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 2048
 DAYS_IN_A_MONTH = 31
-SPOKEN_PROVIDERS = (Provider.OPENAI, Provider.OPENAI_COMPATIBLE)
+SPOKEN_PROVIDERS = (Provider.OPENAI, Provider.OPENAI_COMPATIBLE, Provider.AZURE_OPENAI, Provider.BEDROCK)
 """Closed APIs that the gateway speaks."""
 EXTERNAL = "external"
 """Name at the gateway of an engine that runs elsewhere."""
@@ -289,6 +289,8 @@ def unusable(target: FallbackTarget, where: str) -> Problem | None:
             f"the gateway does not speak {target.provider.value} yet",
             "use openai or openai-compatible",
         )
+    if target.provider == Provider.BEDROCK and target.base_url is None and target.region is None:
+        return Problem(f"{where}.region", "the address of bedrock is its region's", "set it, or baseUrl")
     price = target.price
     if target.provider != Provider.OPENAI_COMPATIBLE and None in (
         price.input_usd_per_m_tokens,
@@ -302,6 +304,13 @@ def unusable(target: FallbackTarget, where: str) -> Problem | None:
     return None
 
 
+def base_url(target: FallbackTarget) -> str | None:
+    """Base of a target's API; None where its provider has one address."""
+    if target.provider == Provider.BEDROCK and target.base_url is None:
+        return f"https://bedrock-runtime.{target.region}.amazonaws.com/openai/v1"
+    return target.base_url
+
+
 def target_config(target: FallbackTarget, key_file: str | None) -> TargetConfig:
     """One fallback target."""
     price = target.price
@@ -309,7 +318,7 @@ def target_config(target: FallbackTarget, key_file: str | None) -> TargetConfig:
         name=target.name,
         provider=target.provider.value,
         model=target.model,
-        base_url=target.base_url,
+        base_url=base_url(target),
         api_key_file=key_file,
         usd_per_m_input=price.input_usd_per_m_tokens or Decimal(0),
         usd_per_m_output=price.output_usd_per_m_tokens or Decimal(0),

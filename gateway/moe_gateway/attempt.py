@@ -18,6 +18,7 @@ from moe_core.spill import Forecast
 from moe_gateway.budget import cost_usd
 from moe_gateway.call import Call, Outcome, Phase, Stop
 from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint, Usage, read_usage
+from moe_gateway.providers.base import Stream
 from moe_gateway.responder import Responder
 from moe_gateway.sse import MAX_EVENT_BYTES, SseScanner
 from moe_gateway.state import Gateway
@@ -54,7 +55,8 @@ class Attempt:
         local_forecast = forecast if upstream.local else None
         self._work_tokens = self._prompt_tokens if local_forecast is None else local_forecast.work_tokens
         self._slot_wait_s = 0.0 if local_forecast is None else local_forecast.slot_wait_s
-        self._scanner = SseScanner(strip_usage=not upstream.local and not request.include_usage)
+        self._adapter = upstream.adapter
+        self._scanner: Stream = SseScanner() if self._adapter is None else self._adapter.stream(request)
         self._usage: Usage | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._billed = False
@@ -126,8 +128,10 @@ class Attempt:
             detail = f"the answer broke off: {type(error).__name__}"
             raise UpstreamFailed(fault, detail, maybe_billed=True) from None
         try:
+            if self._adapter is not None:
+                body = self._adapter.answer(200, body)
             document = orjson.loads(body)
-        except orjson.JSONDecodeError:
+        except ValueError:  # orjson's own error is one
             raise UpstreamFailed(Fault.MALFORMED, "the answer is not JSON", maybe_billed=True) from None
         if isinstance(document, dict) and document.get("error") is not None:
             raise UpstreamFailed(Fault.IN_BAND, "the answer holds an error")

@@ -8,7 +8,8 @@ from pathlib import Path
 from moe_core.clock import Clock
 from moe_core.config import GatewayConfig, RevisionConfig, TargetConfig
 from moe_core.latency import LatencyEstimate
-from moe_gateway.settings import OPENAI_URL, KeyFile
+from moe_gateway.providers import adapter_of
+from moe_gateway.settings import KeyFile
 from moe_gateway.upstream import TOKENS_PER_BYTE_PRIOR, Upstream
 
 
@@ -81,7 +82,9 @@ def _target(fleet: Fleet, index: int, target: TargetConfig, clock: Clock) -> Ups
         key = KeyFile(Path(target.api_key_file), f"targets[{index}] ({target.name}).apiKeyFile", clock)
     # A closed API shows no queue: its TTFT is nearly the same for every length, and starts from a common figure.
     prior = LatencyEstimate(base_prior_s=0.6, slope_prior_s=2e-5, itl_s=0.02)
-    made = Upstream(target.name, (target.base_url or OPENAI_URL).rstrip("/"), target, key, estimate=prior)
+    adapter = adapter_of(target)
+    url = (target.base_url or adapter.URL or "").rstrip("/")
+    made = Upstream(target.name, url, target, key, adapter=adapter, estimate=prior)
     if known is not None and known.target is not None:
         same = (known.target.model, known.base_url) == (target.model, made.base_url)
         return replace(made, estimate=known.estimate, tokens_per_byte=known.tokens_per_byte) if same else made

@@ -8,8 +8,6 @@ from typing import Any
 
 import orjson
 
-from moe_core.config import TargetConfig
-
 IMAGE_TOKENS_BOUND = 8192
 """Most prompt tokens that one image, audio or file part is reserved for."""
 
@@ -67,6 +65,8 @@ class ApiRequest:
     include_usage: bool = False
     output_limit: int | None = None
     choices: int = 1
+    messages_api: bool = False
+    """Asked for in Anthropic's messages form; `document` and `raw` are its translation."""
     document: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,39 +111,14 @@ def prompt_bound(request: ApiRequest) -> int:
     return len(request.raw) + media * IMAGE_TOKENS_BOUND
 
 
-def takes(target: TargetConfig, endpoint: Endpoint) -> bool:
-    """Whether a target may take a call: an embedding of another model is another vector, so embeddings stay local;
-    OpenAI serves its current models by chat alone; a response of another's has items that our engine cannot go on
-    from, so responses stay local too."""
-    if endpoint in {Endpoint.EMBEDDINGS, Endpoint.RESPONSES}:
-        return False
-    return endpoint is Endpoint.CHAT or target.provider == "openai-compatible"
-
-
-def rewrite(request: ApiRequest, target: TargetConfig, output_cap: int | None) -> bytes:
-    """The body for a closed target: its model name, usage asked for in streams (money is settled from it), and
-    `output_cap` where the request has no output limit of its own and the target has a price."""
-    document = dict(request.document)
-    document["model"] = target.model
-    if request.stream:
-        options = document.get("stream_options")
-        document["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-    newer = target.provider == "openai" and request.endpoint is Endpoint.CHAT
-    if request.output_limit is None and output_cap is not None:
-        document["max_completion_tokens" if newer else "max_tokens"] = output_cap
-    elif newer and document.get("max_tokens") is not None:
-        # The same limit by the only name that OpenAI's reasoning models take.
-        document["max_completion_tokens"] = request.output_limit
-        del document["max_tokens"]
-    return orjson.dumps(document)
-
-
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens as the upstream counted them."""
 
     prompt_tokens: int
     output_tokens: int
+    cached_tokens: int = 0
+    """Those prompt tokens that were read from the provider's cache; part of `prompt_tokens`."""
 
 
 def read_usage(document: object) -> Usage | None:
@@ -153,7 +128,11 @@ def read_usage(document: object) -> Usage | None:
         return None
     prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
     output = _count(usage.get("completion_tokens", usage.get("output_tokens", 0)))
-    return None if prompt is None or output is None else Usage(prompt, output)
+    if prompt is None or output is None:
+        return None
+    details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    return Usage(prompt, output, min(cached or 0, prompt))
 
 
 def _count(value: object) -> int | None:

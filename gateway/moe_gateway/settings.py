@@ -11,9 +11,16 @@ from moe_core.clock import Clock
 from moe_core.config import GatewayConfig, TargetConfig, config_hash
 from moe_core.log import get_log
 from moe_core.signing import Verifier, describe
+from moe_gateway import providers
 
-SUPPORTED_PROVIDERS = ("openai", "openai-compatible")
-OPENAI_URL = "https://api.openai.com/v1"
+SUPPORTED_PROVIDERS = providers.SUPPORTED
+_KEYLESS = frozenset({"openai-compatible"})
+_URL_FORM = {
+    "openai-compatible": "https://host/v1",
+    "azure-openai": "https://RESOURCE.openai.azure.com",
+    "bedrock": "https://bedrock-runtime.REGION.amazonaws.com/openai/v1",
+}
+"""What baseUrl looks like for a provider that has no one address."""
 KEY_CHECK_S = 1.0
 
 
@@ -71,12 +78,14 @@ def _check_target(where: str, target: TargetConfig) -> None:
     if target.provider not in SUPPORTED_PROVIDERS:
         supported = " and ".join(SUPPORTED_PROVIDERS)
         raise ConfigRefused(f"{where}.provider: {target.provider} is not supported yet; supported so far: {supported}")
-    if target.provider == "openai-compatible" and target.base_url is None:
-        raise ConfigRefused(f"{where}.baseUrl: needed for openai-compatible, e.g. https://host/v1")
+    if target.provider in _URL_FORM and target.base_url is None:
+        raise ConfigRefused(f"{where}.baseUrl: needed for {target.provider}, e.g. {_URL_FORM[target.provider]}")
     if target.base_url is not None and not target.base_url.startswith(("http://", "https://")):
         raise ConfigRefused(f"{where}.baseUrl: must begin with http:// or https://")
-    if target.provider == "openai" and target.api_key_file is None:
-        raise ConfigRefused(f"{where}.apiKeyFile: needed for openai; name the file that holds the key")
+    if target.api_version is not None and target.provider != "azure-openai":
+        raise ConfigRefused(f"{where}.apiVersion: is of azure-openai alone; leave it out")
+    if target.provider not in _KEYLESS and target.api_key_file is None:
+        raise ConfigRefused(f"{where}.apiKeyFile: needed for {target.provider}; name the file that holds the key")
     if target.usd_per_m_input < 0 or target.usd_per_m_output < 0:
         raise ConfigRefused(f"{where}: usdPerMInput and usdPerMOutput must not be below 0")
 

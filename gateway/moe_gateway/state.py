@@ -37,7 +37,7 @@ from moe_core.wire import GatewayDigest, Knobs, Weights
 from moe_gateway.budget import Budget, cost_usd
 from moe_gateway.call import Call, Phase, Stop
 from moe_gateway.fleet import Fleet, renew
-from moe_gateway.openai_api import ApiRequest, prompt_bound, takes
+from moe_gateway.openai_api import ApiRequest, prompt_bound
 from moe_gateway.telemetry import Telemetry
 from moe_gateway.upstream import Upstream
 from moe_gateway.weights import in_force
@@ -150,7 +150,7 @@ class Gateway:
             targets=tuple(
                 TargetView(target.name, target.available(now_s), self.cost_bound_usd(request, target), target.estimate)
                 for target in allowed
-                if target.target is not None and takes(target.target, request.endpoint)
+                if target.adapter is not None and target.adapter.takes(request) is None
             ),
             budget_left_usd=self.budget.left_usd() if self.fleet.targets else None,
             elapsed_s=now_s - call.arrived_s,

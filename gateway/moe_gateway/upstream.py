@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,14 +19,15 @@ from moe_core.latency import LatencyEstimate
 from moe_core.log import redact
 from moe_core.spill import EngineReport
 from moe_gateway.ledger import Ledger
-from moe_gateway.openai_api import ApiRequest, rewrite
+from moe_gateway.openai_api import ApiRequest
+from moe_gateway.providers.base import Adapter
 from moe_gateway.settings import KeyFile
 from moe_gateway.tiers import engine_body
 
 OVERLOAD_STATUSES = frozenset({429, 503, 529})
 RETRY_STATUSES = frozenset({408, *OVERLOAD_STATUSES})
-# From a closed API these mean that our own key or model name is wrong: the client's request is not to blame.
-CREDENTIAL_STATUSES = frozenset({401, 403, 404})
+# From a closed API these mean that our own key, account or model name is wrong: the client's request is not to blame.
+CREDENTIAL_STATUSES = frozenset({401, 402, 403, 404})
 TOKENS_PER_BYTE_PRIOR = 0.25
 _KEEP_HEADERS = ("content-type", "retry-after")
 
@@ -71,6 +73,8 @@ class Upstream:
     base_url: str
     target: TargetConfig | None = None
     key: KeyFile | None = None
+    adapter: Adapter | None = None
+    """How to speak with a target; a revision speaks OpenAI's form."""
     weight: int = 0
     breaker: Breaker = field(default_factory=Breaker)
     ledger: Ledger = field(default_factory=Ledger)
@@ -130,13 +134,14 @@ async def send(
     """
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "X-Request-Id": request_id}
     body = engine_body(request, tier) if upstream.ours else request.raw
-    if upstream.target is not None:
-        body = rewrite(request, upstream.target, output_cap if upstream.priced else None)
-        if upstream.key is not None:
-            headers["Authorization"] = f"Bearer {upstream.key.value()}"
+    path = request.endpoint.value
+    if upstream.adapter is not None:
+        body = upstream.adapter.body(request, output_cap if upstream.priced else None)
+        path = upstream.adapter.path(request)
+        headers |= upstream.adapter.headers(None if upstream.key is None else upstream.key.value())
     try:
         response = await client.post(
-            upstream.base_url + request.endpoint.value,
+            upstream.base_url + path,
             data=body,
             headers=headers,
             allow_redirects=False,
@@ -165,6 +170,8 @@ async def _refuse(upstream: Upstream, response: aiohttp.ClientResponse) -> None:
     except (aiohttp.ClientError, OSError, TimeoutError):
         body = b""
     response.close()
+    if upstream.adapter is not None:
+        status = upstream.adapter.status(status, body)
     if status in RETRY_STATUSES:
         fault = Fault.OVERLOADED if status in OVERLOAD_STATUSES else Fault.TIMEOUT
         raise UpstreamFailed(fault, f"HTTP {status}", status=status)
@@ -173,7 +180,11 @@ async def _refuse(upstream: Upstream, response: aiohttp.ClientResponse) -> None:
     if not 400 <= status < 500:
         raise UpstreamFailed(Fault.STATUS, f"HTTP {status}", status=status)
     headers = {name: response.headers[name] for name in _KEEP_HEADERS if name in response.headers}
-    raise Rejected(status, body if upstream.local else _without_key(body, upstream), headers)
+    if upstream.adapter is not None:
+        with contextlib.suppress(ValueError):
+            body = upstream.adapter.answer(status, body)
+        body = _without_key(body, upstream)
+    raise Rejected(status, body, headers)
 
 
 def _without_key(body: bytes, upstream: Upstream) -> bytes:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from moe_core.clock import FakeClock
 from moe_core.config import GatewayConfig, TargetConfig
 from moe_gateway.budget import Budget, BudgetStore, BudgetUnavailable, cost_usd, utc_day
-from moe_gateway.openai_api import Endpoint, parse, prompt_bound, rewrite
+from moe_gateway.openai_api import Endpoint, parse, prompt_bound
+from moe_gateway.providers import adapter_of
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
 from tests.gateway.harness import Client, chat, config, running, until
 
@@ -146,12 +147,12 @@ async def test_a_request_without_a_limit_gets_one_where_it_costs() -> None:
     compatible = target.model_copy(update={"provider": "openai-compatible"})
     bare = parse(Endpoint.CHAT, _sent(chat()))
     limited = parse(Endpoint.CHAT, _sent(chat(max_tokens=9)))
-    assert b'"max_completion_tokens":4096' in rewrite(bare, target, 4096)
-    assert b'"max_tokens":4096' in rewrite(bare, compatible, 4096)
-    assert b'"max_completion_tokens":9' in rewrite(limited, target, 4096)
-    assert b'"max_tokens"' not in rewrite(limited, target, 4096)
-    assert b'"max_tokens":9' in rewrite(limited, compatible, 4096)
-    assert b"max_" not in rewrite(bare, compatible, None)
+    assert b'"max_completion_tokens":4096' in adapter_of(target).body(bare, 4096)
+    assert b'"max_tokens":4096' in adapter_of(compatible).body(bare, 4096)
+    assert b'"max_completion_tokens":9' in adapter_of(target).body(limited, 4096)
+    assert b'"max_tokens"' not in adapter_of(target).body(limited, 4096)
+    assert b'"max_tokens":9' in adapter_of(compatible).body(limited, 4096)
+    assert b"max_" not in adapter_of(compatible).body(bare, None)
 
 
 def test_images_are_reserved_for() -> None:

@@ -1,0 +1,109 @@
+"""What the gateway asks of a provider's adapter, and how one says what it cannot take.
+
+An adapter is pure: bytes and documents in, bytes and documents out. Sending, time limits and money are the gateway's.
+OpenAI's chat form is the one that all others are translated from and to.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from moe_core.config import TargetConfig
+from moe_gateway.openai_api import ApiRequest, Usage
+from moe_gateway.sse import SseScanner
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A field of a request that a target lacks, and what a client can do about it."""
+
+    field: str
+    remedy: str
+
+
+class Refusal(Exception):
+    """Raised inside a translation: this request cannot be said in the other form."""
+
+    def __init__(self, field: str, remedy: str) -> None:
+        super().__init__(f"{field}: {remedy}")
+        self.unsupported = Unsupported(field, remedy)
+
+
+class Stream(Protocol):
+    """Reads a provider's stream in passing: takes its bytes, gives events in the client's form, keeps what it saw."""
+
+    content_events: int
+    """Events with content so far: text, reasoning, a refusal, a tool call. A role, a ping, a comment are none."""
+    done: bool
+    """The provider's own end of the stream was seen: nothing follows."""
+    finished: bool
+    """A finish reason was seen: the answer is whole, even if the connection now ends."""
+    malformed: bool
+    error: object | None
+    usage: Usage | None
+
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def broken(self) -> bool: ...
+    def feed(self, chunk: bytes) -> bytes:
+        """Take a chunk; return whole events to send on."""
+        ...
+
+    def flush(self) -> bytes:
+        """At the end of the provider's bytes: what is left."""
+        ...
+
+
+class Adapter(ABC):
+    """How to speak with one target."""
+
+    URL: ClassVar[str | None] = None
+    """Base address where the configuration names none."""
+
+    def __init__(self, target: TargetConfig) -> None:
+        self.target = target
+
+    @abstractmethod
+    def takes(self, request: ApiRequest) -> Unsupported | None:
+        """What of the request this target lacks; None where it takes all of it. Nothing is ever silently dropped."""
+
+    @abstractmethod
+    def body(self, request: ApiRequest, output_cap: int | None) -> bytes:
+        """The provider's request. `output_cap` bounds the output where the request has no limit of its own."""
+
+    @abstractmethod
+    def path(self, request: ApiRequest) -> str:
+        """What follows the base URL."""
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        """Headers that carry our key, and the provider's version where it wants one."""
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def native(self, request: ApiRequest) -> bool:
+        """Whether `stream` and a whole answer's bytes are Anthropic's, for a client that asked in that form. All else
+        that an adapter gives is OpenAI's."""
+        return False
+
+    def status(self, status: int, body: bytes) -> int:
+        """The status that an error means: a provider may hide a bad key behind 400."""
+        return status
+
+    def answer(self, status: int, body: bytes) -> bytes:
+        """A whole answer, or an error, in OpenAI's form. Raises ValueError for what is neither."""
+        return body
+
+    def stream(self, request: ApiRequest) -> Stream:
+        """A reader for one streamed answer."""
+        return SseScanner(strip_usage=not request.include_usage)
+
+
+def given(document: dict[str, Any], neutral: dict[str, tuple[object, ...]]) -> dict[str, Any]:
+    """The fields of a request that ask for something: without nulls, and without values that are OpenAI's defaults."""
+    return {
+        name: value
+        for name, value in document.items()
+        if value is not None and not any(type(value) is type(one) and value == one for one in neutral.get(name, ()))
+    }
