@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moe_api.base import Model
-from moe_api.enums import EngineSignal, FallbackRight, MetricsDialect
+from moe_api.enums import AuthMode, EngineSignal, FallbackRight, MetricsDialect
 from moe_core.wire import Knobs, Percent
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -90,6 +90,35 @@ class TierConfig(Model):
     fallback: FallbackRight | None = Field(default=None, description="None: its requests may spill")
 
 
+class KeyLimits(Model):
+    """What one key, or one tenant of tokens, may take from one gateway process. None: no limit."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1, description="prompt and output tokens together")
+    concurrent: int | None = Field(default=None, ge=1, description="requests in flight at once")
+
+
+class AuthConfig(Model):
+    """How the gateway knows who asks. All of it can change while it runs."""
+
+    mode: AuthMode = AuthMode.NONE
+    keys_dir: str | None = Field(
+        default=None, description="APIKeys: folder with a file a tenant, its name the tenant, each line a key"
+    )
+    keys_file: str | None = Field(default=None, description="APIKeys: JSON of keys hashed by SHA-256, with limits")
+    issuer: str | None = Field(default=None, description="OIDC: address of the issuer, as tokens name it")
+    audience: str | None = Field(default=None, description="OIDC: what a token's aud must hold")
+    tenant_claim: str = Field(default="sub", min_length=1, description="OIDC: claim that names the tenant")
+    limits: KeyLimits = Field(default=KeyLimits(), description="of each key that has none of its own")
+
+
+class TracingConfig(Model):
+    """Where traces go. Without it none is made."""
+
+    endpoint: str = Field(description="OTLP over HTTP, e.g. http://collector:4318/v1/traces")
+    sample: float = Field(default=1.0, ge=0, le=1, description="share of requests whose client has not decided")
+
+
 class GatewayConfig(Model):
     """Everything a gateway process knows."""
 
@@ -110,6 +139,10 @@ class GatewayConfig(Model):
     trusted_keys: tuple[str, ...] = Field(default=(), description="public keys (PEM) that may change knobs, weights")
     state_dir: str | None = Field(default=None, description="where the budget store lies (SQLite)")
     log_level: str = "INFO"
+    auth: AuthConfig = AuthConfig()
+    tracing: TracingConfig | None = Field(default=None, description="None: no traces, at no cost")
+    log_ok_share: float = Field(default=1.0, ge=0, le=1, description="share of lines of requests that went well")
+    log_prompts: bool = Field(default=False, description="prompts into the log: for debugging, never for production")
 
 
 class KnobBounds(Model):

@@ -28,6 +28,7 @@ from moe_api.v1alpha1 import (
     Provider,
 )
 from moe_core.config import (
+    AuthConfig,
     ForeignMetrics,
     KnobBounds,
     ServingConfig,
@@ -62,7 +63,7 @@ SPOKEN_PROVIDERS = (Provider.OPENAI, Provider.OPENAI_COMPATIBLE, Provider.AZURE_
 EXTERNAL = "external"
 """Name at the gateway of an engine that runs elsewhere."""
 TAKEN_NAMES = ("none", EXTERNAL)
-SPOKEN_AUTH = (AuthMode.NONE,)
+SPOKEN_AUTH = tuple(AuthMode)
 """Ways to know tenants that the gateway has."""
 
 
@@ -81,6 +82,18 @@ class Problem:
 def slo(resource: MoEDeployment) -> SloConfig:
     spec = resource.spec.slo
     return SloConfig(ttft_p95_s=spec.ttft_p95.seconds, itl_p95_s=spec.itl_p95.seconds)
+
+
+def auth(resource: MoEDeployment, keys_dir: str) -> AuthConfig:
+    """How the gateway knows its tenants. `keys_dir`: where the Secret of keys is mounted."""
+    asked = resource.spec.gateway.auth
+    if asked.mode is AuthMode.API_KEYS:
+        return AuthConfig(mode=asked.mode, keys_dir=keys_dir)
+    if asked.mode is AuthMode.OIDC:
+        return AuthConfig(
+            mode=asked.mode, issuer=asked.issuer, audience=asked.audience, tenant_claim=asked.tenant_claim
+        )
+    return AuthConfig()
 
 
 def tiers(spec: MoEDeploymentSpec) -> tuple[TierConfig, ...] | None:

@@ -50,7 +50,7 @@ class App:
         if endpoint is not None and scope["method"] == "POST":
             await self._call(endpoint, headers, request_id, receive, out)
         elif path == _MODELS or path.startswith(_MODELS + "/"):
-            await self._models(scope["method"], path, out)
+            await self._models(scope["method"], path, headers, out)
         elif endpoint is not None:
             await out.error(_wrong_method("POST"))
         elif (instead := _instead_of(path)) is not None:
@@ -68,7 +68,8 @@ class App:
         call = self._gateway.begin(request_id, task)
         call.endpoint = endpoint.value
         try:
-            call.tier = tier_from(self._gateway.config, headers)
+            await self._gateway.access.enter(call, headers, self._gateway.client, out)
+            call.tier = tier_from(self._gateway.config, headers, call.tenant)
             await self._answer(endpoint, headers, receive, out, call)
         except ClientGone:
             call.outcome = Outcome.CANCELLED
@@ -103,6 +104,7 @@ class App:
             message = f"the model {request.model[:200]!r} does not exist; there is {gateway.config.model!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
         check_arguments(request, call.tier, ours=any(upstream.ours for upstream in gateway.fleet.revisions))
+        gateway.access.charge(call, gateway.fleet.prompt_tokens(len(request.raw)) + (request.output_limit or 0), out)
         call.stream = request.stream
         call.enter(Phase.DECIDING, gateway.clock.monotonic())
         watch = asyncio.create_task(_watch(receive, call, out))
@@ -159,7 +161,12 @@ class App:
             call.outcome = Outcome.CANCELLED
             call.error = call.error or (None if call.stop is None else call.stop.value)
 
-    async def _models(self, method: str, path: str, out: Responder) -> None:
+    async def _models(self, method: str, path: str, headers: dict[bytes, bytes], out: Responder) -> None:
+        try:
+            await self._gateway.access.identify(headers, self._gateway.client, out)
+        except ApiError as error:
+            await out.error(error)
+            return
         name = self._gateway.config.model
         entry = {"id": name, "object": "model", "created": self._created, "owned_by": "moestack"}
         if method != "GET":

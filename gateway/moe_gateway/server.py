@@ -86,6 +86,7 @@ class GatewayServer:
             asyncio.create_task(BoardPoller(gateway).run(), name="boards"),
             asyncio.create_task(external.run(), name="external"),
             asyncio.create_task(self._watch_stalls(), name="stalls"),
+            asyncio.create_task(gateway.access.run(gateway.client), name="access"),
         ]
         if self._file is not None:
             watch = ConfigWatch(gateway, self._file)

@@ -34,6 +34,7 @@ from moe_core.spill import (
 )
 from moe_core.tiers import may_spill
 from moe_core.wire import GatewayDigest, Knobs, Weights
+from moe_gateway.access import Access
 from moe_gateway.budget import Budget, cost_usd
 from moe_gateway.call import Call, Phase, Stop
 from moe_gateway.fleet import Fleet, renew
@@ -56,6 +57,7 @@ class Gateway:
         self.fleet = renew(Fleet(), config, clock)
         self.upstreams = self.fleet.by_name
         self.verifier = Verifier(config.trusted_keys)
+        self.access = Access(config.auth, clock)
         self.telemetry = Telemetry(config.deployment, config.slo, self.fleet, self.log)
         path = None if config.state_dir is None else Path(config.state_dir) / "budget.sqlite"
         self.budget = Budget(path, config.spill.usd_per_day, clock)
@@ -92,6 +94,7 @@ class Gateway:
 
     def end(self, call: Call) -> None:
         del self.calls[call.id]
+        self.access.leave(call)
         self.telemetry.finished(call, self.clock.monotonic())
 
     def stop_stalled(self) -> None:
@@ -228,7 +231,9 @@ class Gateway:
     async def reconfigure(self, config: GatewayConfig, config_hash: str) -> None:
         """Serve by another configuration from now on; requests in flight end where they are. Raises ConfigRefused for
         a key file that cannot be read, and has then changed nothing."""
+        access = self.access.prepared(config.auth)
         self.fleet = renew(self.fleet, config, self.clock)
+        self.access.take(access)
         self.upstreams = self.fleet.by_name
         self.verifier = Verifier(config.trusted_keys)
         self.config, self.config_hash = config, config_hash

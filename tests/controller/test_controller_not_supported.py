@@ -11,7 +11,12 @@ from moe_kube.objects import Obj
 from tests.controller.stories import START_S, spec_with
 from tests.controller.world import SPEC, World
 
-OIDC = {"mode": "OIDC", "issuer": "https://login.example.com", "audience": "moestack"}
+ELSEWHERE = {"kind": "External", "url": "http://sglang:30000/v1"}
+OPEN = {
+    **{name: value for name, value in SPEC.items() if name not in {"hardware", "parallelism", "experts", "quality"}},
+    "engine": ELSEWHERE,
+}
+LOCKED = {**OPEN, "engine": {**ELSEWHERE, "apiKeySecretRef": {"name": "s", "key": "k"}}}
 PRICELESS = {"name": "gpt", "provider": "openai", "model": "m", "secretRef": {"name": "s", "key": "k"}}
 
 
@@ -27,26 +32,28 @@ def alive(world: World) -> dict[str, Any]:
 
 def test_a_new_resource_that_cannot_be_kept_makes_nothing_and_says_why() -> None:
     world = World()
-    world.put(spec_with("gateway.auth", OIDC))
+    world.put(LOCKED)
     world.run(START_S)
     assert alive(world) == {}
     accepted = world.condition("Accepted")
     assert (accepted["status"], accepted["reason"]) == ("False", "NotSupported")
-    assert accepted["message"].startswith("spec.gateway.auth.mode: OIDC: the gateway does not check who asks yet;")
+    assert accepted["message"].startswith(
+        "spec.engine.apiKeySecretRef: the gateway sends no key to an external engine yet;"
+    )
 
 
 def test_what_runs_goes_on_when_it_is_asked_for_later() -> None:
     world = World()
-    world.put()
+    world.put(OPEN)
     world.run(START_S)
     before = alive(world)
-    world.put(spec_with("gateway.auth", OIDC))
+    world.put(LOCKED)
     world.run(START_S)
     assert alive(world) == before
     assert world.condition("Accepted")["reason"] == "NotSupported"
     assert world.errors == []
     assert world.idle_writes() == 0
-    world.put()
+    world.put(OPEN)
     world.run(START_S)
     assert (alive(world), world.condition("Accepted")["status"]) == (before, "True")
 

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_api.enums import AuthMode
-from moe_core import process_config
 from moe_core.config import OperatorConfig
 from moe_kube import objects as k
 from moe_kube.faults import Call, Journal, Rule, answer
@@ -73,9 +71,7 @@ async def life(bench: Bench) -> None:
             await bench.pass_time(70.0, step=1.0, others=True)
 
 
-async def test_every_call_of_a_life_has_a_right_and_every_right_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nothing is exposed without a check of who asks, and this version's gateway has none yet: suppose that it had.
-    monkeypatch.setattr(process_config, "SPOKEN_AUTH", tuple(AuthMode))
+async def test_every_call_of_a_life_has_a_right_and_every_right_a_call() -> None:
     bench = Bench()
     await life(bench)
     assert [kind for kind in WATCHED if bench.cluster.find(Ref(kind, "serving", "left-over"))] == []

@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import yaml
 
-from moe_api.enums import AuthMode, EngineKind
+from moe_api.enums import EngineKind
 from moe_api.load import load_object
 from moe_api.resource import MoEDeployment
-from moe_core import process_config
 from moe_core.config import OperatorConfig
 from moe_kube import objects as k
 from moe_operator.names import Owner
@@ -52,7 +50,6 @@ class Case:
     document: dict[str, Any]
     plan: Plan | None = None  # None: the fit check's
     runs: bool = True  # whether its revision takes traffic
-    auth: tuple[AuthMode, ...] = process_config.SPOKEN_AUTH  # what the gateway is taken to know
     config: OperatorConfig = field(default=CONFIG)
     shown: tuple[k.Kind, ...] = ()  # kinds of the golden file; all where none is named
 
@@ -83,8 +80,7 @@ class Case:
 
     def render(self) -> list[Rendered]:
         """Everything. Raises NotRenderable."""
-        with mock.patch.object(process_config, "SPOKEN_AUTH", self.auth):
-            return [*self._revision(), *self._gateway(), *self._monitoring()]
+        return [*self._revision(), *self._gateway(), *self._monitoring()]
 
     def _revision(self) -> Iterator[Rendered]:
         if self.resource.spec.engine.kind is EngineKind.EXTERNAL or not self.runs:
@@ -157,7 +153,6 @@ TWO_NODES = Plan(
     max_batched_tokens=8192,
 )
 KEYS = put("gateway.auth", {"mode": "APIKeys", "secretName": "tenants"})
-KNOWN = (AuthMode.NONE, AuthMode.API_KEYS)
 OUTSIDE = {"host": "llm.example.com", "className": "edge", "annotations": {"example.com/timeout": "600"}}
 
 ENGINE = (k.RAY_SERVICE,)
@@ -208,17 +203,13 @@ CASES: dict[str, Case] = {
         "laptop",
         KEYS,
         put("gateway.exposure", {"kind": "Ingress", "tlsSecretName": "llm-tls", **OUTSIDE}),
-        auth=KNOWN,
         shown=(*WAY_IN, k.DEPLOYMENT),
     ),
-    "http-route": example(
-        "laptop", KEYS, put("gateway.exposure", {"kind": "HTTPRoute", **OUTSIDE}), auth=KNOWN, shown=WAY_IN
-    ),
+    "http-route": example("laptop", KEYS, put("gateway.exposure", {"kind": "HTTPRoute", **OUTSIDE}), shown=WAY_IN),
     "load-balancer": example(
         "laptop",
         KEYS,
         put("gateway.exposure", {"kind": "LoadBalancer", "annotations": OUTSIDE["annotations"]}),
-        auth=KNOWN,
         shown=WAY_IN,
     ),
 }

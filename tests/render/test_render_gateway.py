@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from typing import Any
 
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 from moe_api.spec_engine import EngineSpec
 from moe_core import process_config
 from moe_core.config import GatewayConfig
-from moe_gateway import reload, settings
+from moe_gateway import access, reload, settings
 from moe_kube import objects as k
 from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT
 from moe_operator.render import gateway
-from moe_operator.render.objects import NotRenderable, Rendered
+from moe_operator.render.objects import Rendered
 from tests.render.cases import CASES, Case, example, put
 
 
@@ -31,12 +32,7 @@ def configuration(case: Case, **more: Any) -> GatewayConfig:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_gateway_takes_what_it_is_told(name: str) -> None:
-    try:
-        maps = by_kind(CASES[name], k.CONFIG_MAP)
-    except NotRenderable:
-        assert name == "full"
-        return
-    (made,) = maps
+    (made,) = by_kind(CASES[name], k.CONFIG_MAP)
     config = GatewayConfig.model_validate_json(made.body["data"][gateway.CONFIG_FILE])
     settings.check(config)
     assert sum(config.weights.values()) == (0 if name == "profile-a-api-first" else 100)
@@ -45,6 +41,24 @@ def test_the_gateway_takes_what_it_is_told(name: str) -> None:
 def test_operator_and_gateway_agree_on_what_a_gateway_can_do() -> None:
     assert {provider.value for provider in process_config.SPOKEN_PROVIDERS} == set(settings.SUPPORTED_PROVIDERS)
     assert set(gateway.START_FIELDS) == set(reload.AT_START)
+
+
+def test_the_gateway_is_told_how_to_know_its_tenants() -> None:
+    keys, tokens = configuration(CASES["ingress"]).auth, configuration(CASES["full"]).auth
+    assert (keys.mode.value, keys.keys_dir) == ("APIKeys", "/etc/moestack/tenants")
+    asked = CASES["full"].resource.spec.gateway.auth
+    assert (tokens.mode.value, tokens.issuer, tokens.audience) == ("OIDC", asked.issuer, asked.audience)
+    assert tokens.tenant_claim == asked.tenant_claim
+    for config in (keys, tokens):
+        access.check(config)
+
+
+def test_what_gateways_of_the_first_release_do_not_know_is_written_only_where_it_says_something() -> None:
+    (plain,) = by_kind(CASES["laptop"], k.CONFIG_MAP)
+    (asking,) = by_kind(CASES["full"], k.CONFIG_MAP)
+    plain_keys, asking_keys = (set(json.loads(made.body["data"][gateway.CONFIG_FILE])) for made in (plain, asking))
+    assert plain_keys & {"auth", "tracing", "logOkShare", "logPrompts"} == set()
+    assert asking_keys - plain_keys >= {"auth"}
 
 
 def test_a_suspended_deployment_has_no_revision_and_goes_on_answering() -> None:

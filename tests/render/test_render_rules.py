@@ -159,7 +159,6 @@ REFUSED: dict[str, tuple[Case, str]] = {
         r"spec\.experts\.redundant",
     ),
     "an address that nobody reads": (example("laptop", put("model.source", "az://c/m")), r"spec\.model\.source"),
-    "an auth that nobody checks": (CASES["full"], r"spec\.gateway\.auth\.mode: OIDC"),
     "a claim over the cache": (
         example("laptop", put("podTemplate.claims", [{"name": "m", "path": "/var/lib/moestack/cache"}])),
         r"spec\.podTemplate\.claims\[m\]\.path",
@@ -179,7 +178,6 @@ def test_what_cannot_be_made_is_refused_by_field(case: Case, match: str) -> None
 
 def test_a_gateway_is_refused_where_it_could_not_keep_its_word() -> None:
     asked = {
-        "spec.gateway.auth.mode": CASES["ingress"],
         "spec.engine.apiKeySecretRef": example(
             "external-sglang", put("engine.apiKeySecretRef", {"name": "s", "key": "k"})
         ),

@@ -38,6 +38,9 @@ GATEWAY = "gateway"
 CONFIG_FILE = "gateway.json"
 START_FIELDS = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level")
 """Fields of its configuration that a running gateway cannot change."""
+ADDED_FIELDS = ("auth", "tracing", "log_ok_share", "log_prompts")
+"""Fields that gateways of the first release do not know: written only where they say something, so that an operator
+that is upgraded changes nothing for a gateway that runs."""
 START_ANNOTATION = "moestack.dev/start-config"
 _CONFIG_DIR, _KEYS_DIR, _TENANTS_DIR, _STATE_DIR = (
     "/etc/moestack/config",
@@ -160,6 +163,7 @@ def gateway_config(
         trusted_keys=config.trusted_keys,
         state_dir=_STATE_DIR,
         log_level=config.log_level,
+        auth=process_config.auth(resource, _TENANTS_DIR),
     )
 
 
@@ -179,7 +183,12 @@ def _target(target: FallbackTarget) -> TargetConfig:
 
 
 def _config_map(made: GatewayConfig, owner: Owner) -> Rendered:
-    text = json.dumps(made.to_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    document = made.to_json()
+    for name in ADDED_FIELDS:
+        field = GatewayConfig.model_fields[name]
+        if getattr(made, name) == field.default:
+            document.pop(field.alias or name, None)
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     return rendered(
         k.CONFIG_MAP, owner, gateway_name(owner.name), labels(owner, GATEWAY), {"data": {CONFIG_FILE: text}}
     )
