@@ -134,6 +134,11 @@ GATEWAY_DURATION = _histogram("moestack_gateway_request_seconds", _GATEWAY, "Arr
 GATEWAY_IN_FLIGHT = _gauge("moestack_gateway_in_flight_requests", _GATEWAY, "Requests now at a target")
 GATEWAY_SPILLED = _counter("moestack_gateway_spilled_requests_total", (*_GATEWAY, "reason"), "Sent to a closed API")
 GATEWAY_SHED = _counter("moestack_gateway_shed_requests_total", ("deployment", "reason"), "Refused by 529 or 503")
+GATEWAY_RETRIES = _counter(
+    "moestack_gateway_retries_total",
+    (*_GATEWAY, "result"),
+    "Attempts beyond a request's first: result=sent, or refused by the retry budget",
+)
 GATEWAY_PROMPT_TOKENS = _counter("moestack_gateway_prompt_tokens_total", _GATEWAY, "Prompt tokens")
 GATEWAY_OUTPUT_TOKENS = _counter("moestack_gateway_output_tokens_total", _GATEWAY, "Output tokens")
 GATEWAY_SPEND = _counter("moestack_gateway_spend_usd_total", _GATEWAY, "Dollars owed to closed APIs")

@@ -70,7 +70,7 @@ class Attempt:
         gateway, call, upstream = self._gateway, self._call, self._upstream
         self._sent_s = self._clock.monotonic()
         self._probe = upstream.probing()
-        gateway.sent(upstream)
+        gateway.sent(upstream, retry=call.attempts > 1)
         due_s = None
         if not self._request.stream:
             due_s = self._sent_s + predict_ttft_s(upstream.estimate, self._work_tokens, self._slot_wait_s)

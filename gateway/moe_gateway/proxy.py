@@ -26,11 +26,14 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
         decision = gateway.decide(request, call, frozenset(tried), failure)
         if decision.target is None:
             call.blocked = decision.blocked
-            if rejected is not None:
-                raise rejected
-            raise _refusal(call, decision, faults)
+            raise rejected or _refusal(call, decision, faults)
         upstream = gateway.upstreams[decision.target]
         tried.add(upstream.name)
+        if call.attempts and not gateway.may_retry(upstream):
+            if gateway.retries.left():
+                continue  # this upstream may get no more; another one may
+            call.blocked = decision.blocked
+            raise rejected or _refusal(call, decision, faults, "too many requests needed a second attempt")
         reservation = f"{call.request_id}/{call.id}/{call.attempts}"
         if upstream.priced and not await _reserve(gateway, request, upstream, reservation):
             call.blocked = Blocked.BUDGET
@@ -54,6 +57,7 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             return
         except UpstreamFailed as error:
             faults.append(error)
+            gateway.retries.failed(upstream.name)
             call.lost_at.append(upstream.name)
             if upstream.local:
                 failure = Failure.OVERLOADED if error.fault is Fault.OVERLOADED else Failure.FAILED
@@ -75,7 +79,7 @@ def _may_go_on(
     gateway: Gateway, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None
 ) -> bool:
     """Whether the request would find another upstream if this attempt gave up now."""
-    return gateway.foresee(request, call, tried, failure).target is not None
+    return gateway.retries.left() and gateway.foresee(request, call, tried, failure).target is not None
 
 
 async def _reserve(gateway: Gateway, request: ApiRequest, upstream: Upstream, reservation: str) -> bool:
@@ -99,9 +103,10 @@ def _record(call: Call, decision: Decision, upstream: Upstream) -> None:
     call.forecast = decision.forecast or call.forecast
 
 
-def _refusal(call: Call, decision: Decision, faults: list[UpstreamFailed]) -> ApiError:
+def _refusal(call: Call, decision: Decision, faults: list[UpstreamFailed], why: str | None = None) -> ApiError:
     """The one honest error when nothing answered: 529 for overload, 502 where models answered badly, else 503."""
-    call.error = "; ".join(f"{fault.fault.value}: {fault}" for fault in faults) or None
+    said = [*(f"{fault.fault.value}: {fault}" for fault in faults), *([why] if why is not None else [])]
+    call.error = "; ".join(said) or None
     wait_s = max(1, decision.retry_after_s)
     if decision.reason is Reason.OVERLOAD:
         call.outcome, call.reason = Outcome.SHED, decision.reason

@@ -39,6 +39,7 @@ from moe_gateway.budget import Budget, cost_usd
 from moe_gateway.call import Call, Phase, Stop
 from moe_gateway.fleet import Fleet, renew
 from moe_gateway.openai_api import ApiRequest, prompt_bound
+from moe_gateway.retries import Retries
 from moe_gateway.telemetry import Telemetry
 from moe_gateway.upstream import Upstream
 from moe_gateway.weights import in_force
@@ -58,6 +59,7 @@ class Gateway:
         self.upstreams = self.fleet.by_name
         self.verifier = Verifier(config.trusted_keys)
         self.access = Access(config.auth, clock)
+        self.retries = Retries(clock)
         self.telemetry = Telemetry(config.deployment, config.slo, self.fleet, self.log)
         path = None if config.state_dir is None else Path(config.state_dir) / "budget.sqlite"
         self.budget = Budget(path, config.spill.usd_per_day, clock)
@@ -180,7 +182,14 @@ class Gateway:
 
     # Verdicts on upstreams
 
-    def sent(self, upstream: Upstream) -> None:
+    def may_retry(self, upstream: Upstream) -> bool:
+        """Whether an attempt beyond a request's first may go to an upstream: now is the moment that counts it."""
+        allowed = self.retries.left() and self.retries.left_at(upstream.name)
+        self.telemetry.retried(upstream.name, allowed=allowed)
+        return allowed
+
+    def sent(self, upstream: Upstream, *, retry: bool = False) -> None:
+        self.retries.sent(upstream.name, retry=retry)
         upstream.breaker = breakers.on_send(upstream.breaker, self.clock.monotonic())
 
     def succeeded(self, upstream: Upstream) -> None:

@@ -71,6 +71,7 @@ class Telemetry:
         self._in_flight = table.gauge(table.GATEWAY_IN_FLIGHT, registry)
         self._spilled = table.counter(table.GATEWAY_SPILLED, registry)
         self._shed = table.counter(table.GATEWAY_SHED, registry)
+        self._retries = table.counter(table.GATEWAY_RETRIES, registry)
         self._prompt = table.counter(table.GATEWAY_PROMPT_TOKENS, registry)
         self._output = table.counter(table.GATEWAY_OUTPUT_TOKENS, registry)
         self._spend = table.counter(table.GATEWAY_SPEND, registry)
@@ -105,6 +106,10 @@ class Telemetry:
     def attempted(self, now_s: float, upstream: str, failed: bool) -> None:
         """An attempt at an upstream ended; one request may have several."""
         self._attempts.append((now_s, upstream, failed))
+
+    def retried(self, upstream: str, *, allowed: bool) -> None:
+        """A request's attempt beyond its first was sent, or there was no budget for it."""
+        self._retries.labels(self._deployment, upstream, "sent" if allowed else "refused").inc()
 
     def spent(self, now_s: float, target: str, usd: Decimal) -> None:
         self._spend.labels(self._deployment, target).inc(float(usd))

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from moe_gateway import retries
 from tests.gateway.fake_upstream import DONE, Behaviour, FakeUpstream, chunk
-from tests.gateway.harness import Client, chat, config, running
+from tests.gateway.harness import Client, chat, config, running, until
 
 IN_BAND = b'data: {"error": {"message": "out of memory", "type": "server_error", "code": 500, "param": null}}\n\n'
 BEFORE_FIRST_TOKEN = [
@@ -285,3 +286,34 @@ async def test_a_probe_of_a_stalled_upstream_gives_way_after_a_few_promises(stre
             assert answer.status == 200
             assert len(local.requests) == asked + 1
             assert len(target.requests) == 4
+
+
+async def test_a_failing_pair_is_not_hammered_by_second_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "FLOOR_PER_S", 0.2)
+    always = Behaviour(status=429)  # overload opens no breaker: only the budget holds attempts back
+    async with FakeUpstream(always) as local, FakeUpstream(always) as target, running(config(local, target)) as client:
+        answers = [await client.post(chat(False)) for _ in range(20)]
+        assert {answer.status for answer in answers} <= {503, 529}
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
+        assert len(local.requests) == 20
+        assert len(target.requests) <= 0.2 * 20 + 0.2 * 10
+        assert await client.metric("moestack_gateway_retries_total", result="sent") == len(target.requests)
+        assert await client.metric("moestack_gateway_retries_total", result="refused") == 20 - len(target.requests)
+
+
+async def test_with_one_upstream_alone_its_breaker_sends_one_probe_and_lets_it_come_back() -> None:
+    async with FakeUpstream(Behaviour(status=500)) as local, running(config(local)) as client:
+        assert [(await client.post(chat(False))).status for _ in range(3)] == [502] * 3
+        refused = [await client.post(chat(False)) for _ in range(5)]
+        assert {(answer.status, answer.error["code"]) for answer in refused} == {(503, "unavailable")}
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+        assert len(local.requests) == 3, "a dead upstream is left alone"
+        client.server.gateway.upstreams["r0"].breaker = _due(client)
+        gate = asyncio.Event()
+        local.default = Behaviour(gate=gate)
+        probe = asyncio.create_task(client.post(chat(False)))
+        await until(lambda: len(local.requests) == 4)
+        assert (await client.post(chat(False))).status == 503, "one probe at a time"
+        gate.set()
+        assert (await probe).status == 200
+        assert [(await client.post(chat(False))).status for _ in range(3)] == [200] * 3
