@@ -223,7 +223,10 @@ def diff(
 @app.command()
 def simulate(
     file: Annotated[
-        Path | None, typer.Argument(help="Scenarios (JSON, docs/simulator.md).", show_default="packaged examples")
+        Path | None,
+        typer.Argument(
+            help="MoEDeployment (YAML), or scenarios (JSON, docs/simulator.md).", show_default="packaged examples"
+        ),
     ] = None,
     scenario: Annotated[
         list[str] | None, typer.Option(help="Only this one; again for more.", show_default="all")
@@ -234,13 +237,60 @@ def simulate(
     scale: Annotated[float, typer.Option(help="Multiply the rate of requests.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the file's.", show_default="the file's")] = None,
     policy: Annotated[str, typer.Option(help="production (the gateway's own) or local (never spill).")] = "production",
+    rps: Annotated[float | None, typer.Option(help="Mean requests a second to a MoEDeployment.")] = None,
+    input_tokens: Annotated[
+        str | None, typer.Option(help="MEDIAN or MEDIAN,P99 of prompts (log-normal).", show_default="2000")
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(help="MEDIAN or MEDIAN,P99 of answers (log-normal).", show_default="200")
+    ] = None,
+    burstiness: Annotated[
+        float | None,
+        typer.Option(help="Shape of the Gamma gaps: 1 is Poisson, 0.25 comes in bursts.", show_default="1"),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="How long; with a trace, at most that long.", show_default="600")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens, in place of --rps.")
+    ] = None,
+    tier: Annotated[
+        list[str] | None, typer.Option(help="NAME=SHARE of requests; again for more.", show_default="all default")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, max=1000, help="So many replicas.", show_default="the file's min")
+    ] = None,
+    api_ttft_ms: Annotated[
+        str | None, typer.Option(help="MEDIAN,P95 TTFT of the fallback targets.", show_default="600,1600, assumed")
+    ] = None,
+    api_itl_ms: Annotated[
+        float | None, typer.Option(min=0, help="ITL of the fallback targets.", show_default="20, assumed")
+    ] = None,
+    catalog: Annotated[list[Path] | None, typer.Option(help="File that adds to the catalog, or overrides it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Try traffic, outages and expert drift on simulated replicas and closed APIs, with the gateway's own policy."""
+    """Try traffic, outages and expert drift on simulated replicas and closed APIs, with the gateway's own policy.
+
+    A MoEDeployment is simulated as `moectl plan` would launch it, under traffic from --rps or --trace.
+    """
     from moe_cli.simulate import SimulateOptions
     from moe_cli.simulate import run as play
+    from moe_cli.simulate_file import FileOptions
 
-    options = SimulateOptions(file, tuple(scenario or ()), traces, scale, seed, policy, as_json)
+    of_file = FileOptions(
+        rps=rps,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        burstiness=burstiness,
+        seconds=seconds,
+        trace=trace,
+        tiers=tuple(tier or ()),
+        replicas=replicas,
+        api_ttft_ms=api_ttft_ms,
+        api_itl_ms=api_itl_ms,
+        catalog=tuple(catalog or ()),
+    )
+    options = SimulateOptions(file, tuple(scenario or ()), traces, scale, seed, policy, as_json, of_file)
     _end(play(options, Say()))
 
 

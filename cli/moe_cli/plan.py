@@ -284,12 +284,12 @@ def _apis(options: PlanOptions, resource: MoEDeployment, listed: Mapping[str, Ta
                     None if cached is None else float(cached),
                 )
             )
-        elif (known := _listed(target.model, listed)) is not None:
+        elif (known := price_of(target.model, listed)) is not None:
             found.append(known)
     return tuple(found) or tuple(listed[name] for name in USUAL_APIS)
 
 
-def _listed(model: str, listed: Mapping[str, Tariff]) -> Tariff | None:
+def price_of(model: str, listed: Mapping[str, Tariff]) -> Tariff | None:
     """A price by the provider's own name of a model, which writes versions with dots or dashes."""
     wanted = model.lower().replace("-", ".")
     return next((price for name, price in listed.items() if name.replace("-", ".") == wanted), None)

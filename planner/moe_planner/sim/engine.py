@@ -6,9 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from moe_planner.sim.invalid import Invalid
 
-class EngineInvalid(ValueError):
-    """A figure of an engine that cannot be. Names the figure and the remedy."""
+MOST_STEP_S = 3600.0
+
+
+class EngineInvalid(Invalid):
+    """A figure of an engine that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,22 @@ class Engine:
         for name in ("prefill_token_s", "decode_s", "active_s", "launch_s", "prompt_s", "overhead_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise EngineInvalid(f"{name}: {value} is no time; it must be a number of seconds, 0 or more")
+                raise EngineInvalid(name, f"{value} is no time", "it must be a number of seconds, 0 or more")
         for name in ("kv_tokens", "max_active", "max_batched_tokens", "block"):
             if getattr(self, name) < 1:
-                raise EngineInvalid(f"{name}: {getattr(self, name)} is too small; it must be 1 or more")
+                raise EngineInvalid(name, f"{getattr(self, name)} is too small", "it must be 1 or more")
         if self.launch_s + min(self.prefill_token_s + self.prompt_s, self.decode_s + self.active_s) <= 0:
-            raise EngineInvalid("launch_s: a step would take no time; give launch_s, or times of prefill and decode")
+            raise EngineInvalid("launch_s", "a step would take no time", "give times of prefill and decode above 0")
+        if self.step_s(self.max_batched_tokens, self.max_active) > MOST_STEP_S:
+            raise EngineInvalid("decode_s", f"a full step would take more than {MOST_STEP_S:g} s", "give shorter times")
         if self.max_batched_tokens < self.max_active:
             raise EngineInvalid(
-                f"max_batched_tokens: {self.max_batched_tokens} is below max_active {self.max_active}, "
-                "so that a full batch could not decode; raise it or lower max_active"
+                "max_batched_tokens",
+                f"{self.max_batched_tokens} is below max_active {self.max_active}: a full batch could not decode",
+                "raise it or lower max_active",
             )
         if self.kv_tokens < self.block:
-            raise EngineInvalid(f"kv_tokens: {self.kv_tokens} is less than one block of {self.block}; raise it")
+            raise EngineInvalid("kv_tokens", f"{self.kv_tokens} is less than one block of {self.block}", "raise it")
 
     @property
     def blocks(self) -> int:
@@ -70,10 +77,19 @@ class SpeedLike(Protocol):
 
 
 def from_speed(
-    alone: SpeedLike, full: SpeedLike, *, kv_tokens: int, max_active: int, max_batched_tokens: int = 2048
+    alone: SpeedLike,
+    full: SpeedLike,
+    *,
+    kv_tokens: int,
+    max_active: int,
+    max_batched_tokens: int = 2048,
+    at: float | None = None,
 ) -> Engine:
-    """The engine whose decode step is the line through two predictions: at concurrency 1, and at `max_active`."""
-    slope = max(0.0, full.step_s - alone.step_s) / max(1, max_active - 1)
+    """The engine whose decode step is the line through two predictions: at concurrency 1, and at `at` or `max_active`.
+
+    `at` is less than `max_active` where the cache holds fewer sequences of the mean length.
+    """
+    slope = max(0.0, full.step_s - alone.step_s) / max(1.0, (max_active if at is None else at) - 1.0)
     return Engine(
         prefill_token_s=1.0 / full.prefill_tokens_per_s,
         decode_s=max(0.0, alone.step_s - slope),

@@ -15,11 +15,14 @@ from decimal import Decimal
 import numpy as np
 
 from moe_core.wire import ExpertKnobs, Overflow
+from moe_planner.sim.invalid import Invalid
 from moe_planner.sim.workload import Floats
 
+MOST_EXPERTS, MOST_ZIPF, MOST_SIGMA = 16_384, 10, 10
 
-class ExpertsInvalid(ValueError):
-    """Expert figures that cannot be. Names the figure and the remedy."""
+
+class ExpertsInvalid(Invalid):
+    """Expert figures that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class Drift:
     topics_per_hour: float = 0.0
     topic_zipf: tuple[float, float] = (0.0, 0.0)
     every_s: float = 15.0  # the walk moves in steps of this
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma_per_min <= MOST_SIGMA:
+            raise ExpertsInvalid("sigma_per_min", f"{self.sigma_per_min:g}", f"it must lie in [0, {MOST_SIGMA}]")
+        if not 0 <= self.topics_per_hour <= 3600:
+            raise ExpertsInvalid("topics_per_hour", f"{self.topics_per_hour:g}", "it must lie in [0, 3600]")
+        if not (0 <= self.topic_zipf[0] <= self.topic_zipf[1] <= MOST_ZIPF):
+            remedy = f"0 ≤ from ≤ to ≤ {MOST_ZIPF} is wanted"
+            raise ExpertsInvalid("topic_zipf", f"{list(self.topic_zipf)}", remedy)
+        if not self.every_s > 0:
+            raise ExpertsInvalid("every_s", f"{self.every_s}", "it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -46,13 +60,13 @@ class Experts:
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
-            raise ExpertsInvalid(f"top_k: {self.top_k} of {self.experts} experts; 1 ≤ top_k ≤ experts is wanted")
+            raise ExpertsInvalid("top_k", f"{self.top_k} of {self.experts} experts", "1 ≤ top_k ≤ experts is wanted")
         if self.ranks < 1 or self.experts % self.ranks:
-            raise ExpertsInvalid(f"ranks: {self.ranks} do not share {self.experts} experts evenly; give a divisor")
-        if self.zipf < 0 or self.drift.sigma_per_min < 0 or self.drift.topics_per_hour < 0:
-            raise ExpertsInvalid("gate_zipf, random_walk_sigma_per_min, topic_switch_per_hour: none may be below 0")
-        if self.drift.every_s <= 0:
-            raise ExpertsInvalid(f"drift.every_s: {self.drift.every_s}; it must be above 0")
+            raise ExpertsInvalid("ranks", f"{self.ranks} do not share {self.experts} experts evenly", "give a divisor")
+        if not 0 <= self.zipf <= MOST_ZIPF:
+            raise ExpertsInvalid("gate_zipf", f"{self.zipf:g}", f"it must lie in [0, {MOST_ZIPF}]")
+        if self.experts > MOST_EXPERTS:
+            raise ExpertsInvalid("experts", f"{self.experts}", f"{MOST_EXPERTS:,} are the most")
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,21 @@ class Result:
     busy_s: tuple[float, ...]  # by replica
     preemptions: int
     settings: tuple[tuple[float, str], ...] = ()  # (time in force, knobs), where a control moved them
+    tier: NDArray[np.int8] | None = None  # place in `world.tiers`, where there are some
+    unfinished: int = 0  # requests that had not ended when the run was stopped: those have no record here
 
     @property
     def attained(self) -> NDArray[np.bool_]:
         """Whether each request kept its SLO; shed, failed and cut ones did not. One token has no ITL."""
         answered = (self.outcome == Outcome.LOCAL) | (self.outcome == Outcome.API)
-        slo = self.world.slo
-        itl = np.isnan(self.itl_s) | (self.itl_s <= slo.itl_s)
-        return np.asarray(answered & (self.ttft_s <= slo.ttft_s) & itl)
+        slo, tiers = self.world.slo, self.world.tiers
+        ttft_s: float | Floats = slo.ttft_s
+        itl_s: float | Floats = slo.itl_s
+        if self.tier is not None:
+            ttft_s = np.array([tier.slo.ttft_s for tier in tiers])[self.tier]
+            itl_s = np.array([tier.slo.itl_s for tier in tiers])[self.tier]
+        itl = np.isnan(self.itl_s) | (self.itl_s <= itl_s)
+        return np.asarray(answered & (self.ttft_s <= ttft_s) & itl)
 
     @property
     def attainment(self) -> float:
@@ -63,6 +70,13 @@ class Result:
     @property
     def rent_usd(self) -> float:
         return self.world.usd_per_hour * self.world.replicas * self.seconds / 3600.0
+
+    @property
+    def usd_per_m_tokens(self) -> float:
+        """Rent and API dollars for a million tokens, input and output, of requests that were answered to the end."""
+        answered = (self.outcome == Outcome.LOCAL) | (self.outcome == Outcome.API)
+        tokens = int((self.workload.input_tokens + self.workload.output_tokens)[answered].sum())
+        return (self.rent_usd + self.api_usd) * 1e6 / tokens if tokens else math.nan
 
     @property
     def utilisation(self) -> float:
@@ -126,9 +140,23 @@ class Result:
             },
             "api_usd": round(self.api_usd, 6),
             "rent_usd": round(self.rent_usd, 6),
+            "usd_per_m_tokens": known(self.usd_per_m_tokens),
             "utilisation": known(self.utilisation),
             "preemptions": self.preemptions,
             "input_tokens": int(self.workload.input_tokens.sum()),
             "output_tokens": int(self.workload.output_tokens.sum()),
             "settings": [{"at_s": round(at, 3), "knobs": knobs} for at, knobs in self.settings],
+            **({} if self.tier is None else {"tiers": self._by_tier(self.tier)}),
+            **({"partial": True, "unfinished": self.unfinished} if self.unfinished else {}),
         }
+
+    def _by_tier(self, place: NDArray[np.int8]) -> dict[str, dict[str, Any]]:
+        attained, rows = self.attained, {}
+        for i, tier in enumerate(self.world.tiers):
+            of = place == i
+            rows[tier.name] = {
+                "requests": int(of.sum()),
+                "attainment": round(float(attained[of].mean()), 6) if of.any() else None,
+                "spill_share": round(float((self.outcome[of] == Outcome.API).mean()), 6) if of.any() else None,
+            }
+        return rows

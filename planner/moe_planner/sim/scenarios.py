@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from moe_planner.sim.engine import Engine, EngineInvalid
-from moe_planner.sim.experts import Drift, Experts, ExpertsInvalid
-from moe_planner.sim.workload import Arrivals, Lengths, Spikes, Workload, WorkloadInvalid, generate, read_trace
-from moe_planner.sim.world import Api, Outage, Slo, World, WorldInvalid
+from moe_planner.sim import fields
+from moe_planner.sim.engine import Engine
+from moe_planner.sim.experts import Drift, Experts
+from moe_planner.sim.fields import Fields, ScenarioInvalid
+from moe_planner.sim.invalid import Invalid
+from moe_planner.sim.workload import Arrivals, Lengths, Spikes, Workload, generate, read_trace
+from moe_planner.sim.world import Api, Outage, Slo, Tier, World
 
 T = TypeVar("T")
 PACKAGED = Path(__file__).with_name("scenarios.json")
@@ -20,9 +22,31 @@ PACKAGED = Path(__file__).with_name("scenarios.json")
 BATCHED_TOKENS = 512
 """Token budget of a step where a pool names no `max_batched_tokens`: small, so that prompts hold up decodes little."""
 
+# Every field of the form. What stands in no list is refused, so that nothing is passed over.
+FILE = ("slo", "pools", "apis", "scenarios", "quality")
+SLO = ("ttft_deadline_ms", "itl_p95_ms", "attained")
+_TIMES = ("prefill_tokens_per_s", "itl_ms_base", "itl_ms_per_active")
+_EXPERTS = ("experts", "top_k", "ranks", "gate_zipf")
+POOL = (*_TIMES, "max_active", "max_batched_tokens", "kv_tokens", "usd_per_hour", *_EXPERTS)
+_PRICES = ("usd_per_m_input", "usd_per_m_cached_input", "usd_per_m_output")
+API = ("ttft_ms_lognormal", "itl_ms", *_PRICES, "requests_per_minute", "p_429_in_burst", "outages")
+SCENARIO = (
+    *("name", "pool", "replicas", "api", "seed", "trace", "generate"),
+    *("expert_drift", "replica_down", "budget_usd", "tiers"),
+)
+_LENGTHS = ("input_lognormal", "output_lognormal")
+GENERATE = ("minutes", "mean_rps", "gamma_shape", "shape_redrawn_every_s", "spikes", *_LENGTHS)
+SPIKES = ("per_hour", "height", "seconds")
+DRIFT = ("random_walk_sigma_per_min", "topic_switch_per_hour", "topic_zipf")
+TIER = ("name", "share", "ttft_deadline_ms", "itl_p95_ms", "fallback")
 
-class ScenarioInvalid(ValueError):
-    """A scenario file that cannot be used. Names the field and the remedy."""
+# Names that the simulator's own figures have in the file.
+_SLO_NAMES = {"ttft_s": "ttft_deadline_ms", "itl_s": "itl_p95_ms"}
+_POOL_NAMES = {"prefill_token_s": _TIMES[0], "launch_s": _TIMES[1], "decode_s": _TIMES[1], "active_s": _TIMES[2]}
+_API_NAMES = {"ttft_median_s": "ttft_ms_lognormal", "itl_s": "itl_ms"}
+_WORLD_NAMES = {"outages": "replica_down", "apis": "api"}
+_DRIFT_NAMES = {"sigma_per_min": DRIFT[0], "topics_per_hour": DRIFT[1]}
+_GENERATE_NAMES = {"seconds": "minutes", "rps": "mean_rps", "shape": "gamma_shape"}
 
 
 @dataclass(frozen=True)
@@ -37,11 +61,7 @@ class Scenario:
 
 def names(path: Path) -> list[str]:
     """Scenarios of a file, in its order."""
-    return _names(_document(path))
-
-
-def _names(document: Mapping[str, Any]) -> list[str]:
-    return [_text(one, "name", f"scenarios[{i}]") for i, one in enumerate(_list(document, "scenarios", ""))]
+    return [entry.text("name") for entry in _entries(_document(path))]
 
 
 def load(path: Path, name: str, *, traces: Path | None = None, scale: float = 1.0, seed: int | None = None) -> Scenario:
@@ -51,195 +71,180 @@ def load(path: Path, name: str, *, traces: Path | None = None, scale: float = 1.
     beside the file, or in `traces`. Raises ScenarioInvalid.
     """
     document = _document(path)
-    known = _names(document)
+    known = {entry.text("name"): entry for entry in _entries(document)}
     if name not in known:
-        _refuse("--scenario", f"{name!r} is not in {path}", f"one of {', '.join(known)}")
+        raise ScenarioInvalid("--scenario", f"{name!r} is not in {path}", f"one of {', '.join(known)}")
     if not (math.isfinite(scale) and scale > 0):
-        _refuse("--scale", f"{scale} is no factor", "give a number above 0")
-    where = f"scenarios.{name}"
-    entry = _list(document, "scenarios", "")[known.index(name)]
-    own = int(_number(entry, "seed", where, default=0)) if seed is None else seed
-    world = _world(document, entry, where)
+        raise ScenarioInvalid("--scale", f"{scale:g} is no factor", "give a number above 0")
+    entry = Fields(known[name].given, f"scenarios.{name}", SCENARIO)
+    own = entry.whole("seed", default=0, least=0) if seed is None else seed
+    world = _world(document, entry)
+    if ("trace" in entry) == ("generate" in entry):
+        has = "both" if "trace" in entry else "neither"
+        entry.refuse("generate", f"it has {has} of trace and generate", "give one of them")
     if "trace" in entry:
-        trace = (traces or path.parent) / _text(entry, "trace", where)
-        workload = _named(f"{where}.trace", lambda: read_trace(trace).faster(scale))
+        trace = (traces or path.parent) / entry.text("trace")
+        workload = _named(entry, lambda: read_trace(trace).faster(scale))
     else:
-        given = _mapping(entry, "generate", where)
-        workload = _named(f"{where}.generate", lambda: generate(_arrivals(given, f"{where}.generate", scale), own))
-    if not len(workload):
-        _refuse(where, "no request arrives", "give it a higher rate or more minutes")
+        given = entry.object("generate", GENERATE)
+        arrivals = _arrivals(given, scale)
+        workload = _named(given, lambda: generate(arrivals, own), _GENERATE_NAMES)
+        if not len(workload):
+            given.refuse("mean_rps", "no request arrives", "give a higher rate, or more minutes")
     return Scenario(name, world, workload, own)
 
 
-def _document(path: Path) -> Mapping[str, Any]:
-    remedy = "a JSON object with slo, pools, apis and scenarios is wanted"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        _refuse(str(path), error.strerror or "cannot be read", remedy)
-    except ValueError as error:
-        _refuse(str(path), f"it is no JSON: {error}", remedy)
-    if not isinstance(document, dict):
-        _refuse(str(path), "it is no JSON object", remedy)
-    return document
+def _document(path: Path) -> Fields:
+    given = fields.read(path)
+    # Text at the top is for people: the form keeps its own rules there.
+    return Fields({name: value for name, value in given.items() if not isinstance(value, str)}, "", FILE)
 
 
-def _world(document: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> World:
-    pool_name = _text(entry, "pool", where)
-    pools = _mapping(document, "pools", "")
+def _entries(document: Fields) -> list[Fields]:
+    entries = list(document.objects("scenarios", SCENARIO))
+    if not entries:
+        document.refuse("scenarios", "it is empty", "give one scenario or more")
+    seen: set[str] = set()
+    for entry in entries:
+        if (name := entry.text("name")) in seen:
+            entry.refuse("name", f"{name!r} is there twice", "give each scenario a name of its own")
+        seen.add(name)
+    return entries
+
+
+def _world(document: Fields, entry: Fields) -> World:
+    pools, apis = document.object("pools"), document.object("apis")
+    pool_name = entry.text("pool")
     if pool_name not in pools:
-        _refuse(f"{where}.pool", f"{pool_name!r} is not in pools", f"one of {', '.join(pools) or 'none'}")
-    pool, at = _mapping(pools, pool_name, "pools"), f"pools.{pool_name}"
-    slo, apis = _mapping(document, "slo", ""), _mapping(document, "apis", "")
-    outages = tuple(
-        Outage(0, *_pair(pair, f"{where}.replica_down[{i}]"))
-        for i, pair in enumerate(_list(entry, "replica_down", where, optional=True))
-    )
-    chosen = _list(entry, "api", where, optional=True)
+        entry.refuse("pool", f"{pool_name!r} is not in pools", f"one of {', '.join(pools.given) or 'none'}")
+    chosen = entry.list("api") if "api" in entry else []
     for name in chosen:
-        if name not in apis:
-            _refuse(f"{where}.api", f"{name!r} is not in apis", f"one of {', '.join(apis) or 'none'}")
-    return _named(
-        where,
-        lambda: World(
-            engine=_named(at, lambda: _engine(pool, at)),
-            slo=Slo(_number(slo, "ttft_deadline_ms", "slo") / 1e3, _number(slo, "itl_p95_ms", "slo") / 1e3),
-            replicas=int(_number(entry, "replicas", where, default=1)),
-            apis=tuple(_api(_mapping(apis, name, "apis"), name) for name in chosen),
-            experts=_named(at, lambda: _experts(pool, entry, at, where)),
-            outages=outages,
-            usd_per_hour=_number(pool, "usd_per_hour", at, default=0.0),
-        ),
-    )
+        if not isinstance(name, str) or name not in apis:
+            entry.refuse("api", f"{name!r} is not in apis", f"one of {', '.join(apis.given) or 'none'}")
+    pool, slo = pools.object(pool_name, POOL), document.object("slo", SLO)
+    if "quality" in document:
+        document.object("quality")
+    promised = _slo(slo)
+    parts: dict[str, Any] = {
+        "engine": _engine(pool),
+        "slo": promised,
+        "replicas": entry.whole("replicas", default=1, least=0),
+        "apis": tuple(_api(apis.object(name, API), name) for name in chosen),
+        "experts": _experts(pool, entry),
+        "outages": tuple(Outage(0, *pair) for pair in entry.pairs("replica_down")),
+        "budget_usd": entry.number("budget_usd") if "budget_usd" in entry else math.inf,
+        "usd_per_hour": pool.number("usd_per_hour", default=0.0),
+        "tiers": _tiers(entry, promised),
+    }
+    return _named(entry, lambda: World(**parts), _WORLD_NAMES)
 
 
-def _engine(pool: Mapping[str, Any], at: str) -> Engine:
-    rate = _number(pool, "prefill_tokens_per_s", at)
+def _slo(given: Fields) -> Slo:
+    ttft_s, itl_s = given.number("ttft_deadline_ms") / 1e3, given.number("itl_p95_ms") / 1e3
+    return _named(given, lambda: Slo(ttft_s, itl_s), _SLO_NAMES)
+
+
+def _tiers(entry: Fields, slo: Slo) -> tuple[Tier, ...]:
+    found = []
+    for given in entry.objects("tiers", TIER) if "tiers" in entry else ():
+        own = {
+            "ttft_deadline_ms": given.number("ttft_deadline_ms", default=slo.ttft_s * 1e3),
+            "itl_p95_ms": given.number("itl_p95_ms", default=slo.itl_s * 1e3),
+        }
+        promised = _slo(Fields(own, given.at))
+        figures = (given.text("name"), given.number("share"), promised, given.flag("fallback", default=True))
+        found.append(_tier(given, figures))
+    return tuple(found)
+
+
+def _tier(given: Fields, figures: tuple[str, float, Slo, bool]) -> Tier:
+    return _named(given, lambda: Tier(*figures))
+
+
+def _engine(pool: Fields) -> Engine:
+    rate = pool.number("prefill_tokens_per_s")
     if rate <= 0:
-        _refuse(f"{at}.prefill_tokens_per_s", f"{rate:g}", "it must be above 0")
-    active = int(_number(pool, "max_active", at))
-    return Engine(
-        prefill_token_s=1.0 / rate,
-        decode_s=_number(pool, "itl_ms_base", at) / 1e3,
-        active_s=_number(pool, "itl_ms_per_active", at) / 1e3,
-        kv_tokens=int(_number(pool, "kv_tokens", at)),
-        max_active=active,
-        max_batched_tokens=int(_number(pool, "max_batched_tokens", at, default=max(BATCHED_TOKENS, active))),
-    )
+        pool.refuse("prefill_tokens_per_s", f"{rate:g}", "it must be above 0")
+    active = pool.whole("max_active")
+    figures: dict[str, Any] = {
+        "prefill_token_s": 1.0 / rate,
+        "decode_s": pool.number("itl_ms_base") / 1e3,
+        "active_s": pool.number("itl_ms_per_active") / 1e3,
+        "kv_tokens": pool.whole("kv_tokens"),
+        "max_active": active,
+        "max_batched_tokens": pool.whole("max_batched_tokens", default=max(BATCHED_TOKENS, active)),
+    }
+    return _named(pool, lambda: Engine(**figures), _POOL_NAMES)
 
 
-def _experts(pool: Mapping[str, Any], entry: Mapping[str, Any], at: str, where: str) -> Experts | None:
+def _experts(pool: Fields, entry: Fields) -> Experts | None:
     if "experts" not in pool:
+        if "expert_drift" in entry:
+            entry.refuse("expert_drift", "its pool has no experts", "give the pool experts, top_k and ranks")
+        for name in _EXPERTS[1:]:
+            if name in pool:
+                pool.refuse(name, "it is there without experts", "give experts, or leave it out")
         return None
     drift = Drift()
     if "expert_drift" in entry:
-        given, inside = _mapping(entry, "expert_drift", where), f"{where}.expert_drift"
-        drift = Drift(
-            _number(given, "random_walk_sigma_per_min", inside, default=0.0),
-            _number(given, "topic_switch_per_hour", inside, default=0.0),
-            _pair(given.get("topic_zipf", [0.0, 0.0]), f"{inside}.topic_zipf"),
+        given = entry.object("expert_drift", DRIFT)
+        figures = (
+            given.number("random_walk_sigma_per_min", default=0.0),
+            given.number("topic_switch_per_hour", default=0.0),
+            given.pair("topic_zipf", default=(0.0, 0.0)),
         )
-    return Experts(
-        int(_number(pool, "experts", at)),
-        int(_number(pool, "top_k", at)),
-        int(_number(pool, "ranks", at)),
-        _number(pool, "gate_zipf", at, default=0.0),
-        drift,
-    )
+        drift = _named(given, lambda: Drift(*figures), _DRIFT_NAMES)
+    count, top_k, ranks = (pool.whole(name) for name in _EXPERTS[:3])
+    zipf = pool.number("gate_zipf", default=0.0)
+    return _named(pool, lambda: Experts(count, top_k, ranks, zipf, drift))
 
 
-def _api(given: Mapping[str, Any], name: str) -> Api:
-    at = f"apis.{name}"
-    ttft = _mapping(given, "ttft_ms_lognormal", at)
-    return Api(  # names itself where a figure cannot be
-        name=name,
-        ttft_median_s=_number(ttft, "median", f"{at}.ttft_ms_lognormal") / 1e3,
-        ttft_p95_s=_number(ttft, "p95", f"{at}.ttft_ms_lognormal") / 1e3,
-        itl_s=_number(given, "itl_ms", at) / 1e3,
-        usd_per_m_input=_number(given, "usd_per_m_input", at),
-        usd_per_m_output=_number(given, "usd_per_m_output", at),
-        requests_per_minute=_number(given, "requests_per_minute", at, default=math.inf),
-        p_429_in_burst=_number(given, "p_429_in_burst", at, default=0.0),
-        outages=tuple(
-            _pair(pair, f"{at}.outages[{i}]") for i, pair in enumerate(_list(given, "outages", at, optional=True))
-        ),
-    )
+def _api(given: Fields, name: str) -> Api:
+    ttft = given.object("ttft_ms_lognormal", ("median", "p95"))
+    given.number("usd_per_m_cached_input", default=0.0)  # checked, not used: no prefix cache is simulated
+    figures: dict[str, Any] = {
+        "name": name,
+        "ttft_median_s": ttft.number("median") / 1e3,
+        "ttft_p95_s": ttft.number("p95") / 1e3,
+        "itl_s": given.number("itl_ms") / 1e3,
+        "usd_per_m_input": given.number("usd_per_m_input"),
+        "usd_per_m_output": given.number("usd_per_m_output"),
+        "requests_per_minute": given.number("requests_per_minute") if "requests_per_minute" in given else math.inf,
+        "p_429_in_burst": given.number("p_429_in_burst", default=0.0),
+        "outages": given.pairs("outages"),
+    }
+    return _named(given, lambda: Api(**figures), _API_NAMES)
 
 
-def _arrivals(given: Mapping[str, Any], at: str, scale: float) -> Arrivals:
+def _arrivals(given: Fields, scale: float) -> Arrivals:
     spikes = None
     if "spikes" in given:
-        spiked, inside = _mapping(given, "spikes", at), f"{at}.spikes"
-        spikes = Spikes(
-            _number(spiked, "per_hour", inside),
-            _number(spiked, "height", inside),
-            _pair(spiked.get("seconds"), f"{inside}.seconds"),
-        )
-    return Arrivals(
-        seconds=_number(given, "minutes", at) * 60.0,
-        rps=_number(given, "mean_rps", at) * scale,
-        inputs=_lengths(given, "input_lognormal", at),
-        outputs=_lengths(given, "output_lognormal", at),
-        shape=_number(given, "gamma_shape", at, default=1.0),
-        shape_every_s=_number(given, "shape_redrawn_every_s", at) if "shape_redrawn_every_s" in given else None,
-        spikes=spikes,
-    )
+        inside = given.object("spikes", SPIKES)
+        per_hour, height, seconds = inside.number("per_hour"), inside.number("height"), inside.pair("seconds")
+        spikes = _named(inside, lambda: Spikes(per_hour, height, seconds))
+    redrawn = "shape_redrawn_every_s"
+    figures: dict[str, Any] = {
+        "seconds": given.number("minutes") * 60.0,
+        "rps": given.number("mean_rps") * scale,
+        "inputs": _lengths(given.object("input_lognormal", ("median", "p99"))),
+        "outputs": _lengths(given.object("output_lognormal", ("median", "p99"))),
+        "shape": given.number("gamma_shape", default=1.0),
+        "shape_every_s": given.number(redrawn) if redrawn in given else None,
+        "spikes": spikes,
+    }
+    return _named(given, lambda: Arrivals(**figures), _GENERATE_NAMES)
 
 
-def _lengths(given: Mapping[str, Any], name: str, at: str) -> Lengths:
-    of, inside = _mapping(given, name, at), f"{at}.{name}"
-    return _named(inside, lambda: Lengths(_number(of, "median", inside), _number(of, "p99", inside)))
+def _lengths(given: Fields) -> Lengths:
+    median, p99 = given.number("median"), given.number("p99")
+    return _named(given, lambda: Lengths(median, p99))
 
 
-def _named(where: str, make: Callable[[], T]) -> T:
+def _named(given: Fields, make: Callable[[], T], names: Mapping[str, str] | None = None) -> T:
     """Make it; a figure that cannot be is refused under the name that the file has for it."""
     try:
         return make()
-    except ScenarioInvalid:
-        raise
-    except (EngineInvalid, ExpertsInvalid, WorkloadInvalid, WorldInvalid) as error:
-        raise ScenarioInvalid(f"{where}: {error}") from None
-
-
-def _number(given: Mapping[str, Any], name: str, at: str, *, default: float | None = None) -> float:
-    value = given.get(name, default)
-    path = f"{at}.{name}".lstrip(".")
-    if value is None:
-        _refuse(path, "it is missing", "give a number")
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        _refuse(path, f"{value!r} is no number", "give a number")
-    if value < 0 or (math.isinf(value) and default is None):
-        _refuse(path, f"{value!r}", "give a finite number of 0 or more")
-    return float(value)
-
-
-def _pair(value: Any, path: str) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        _refuse(path, f"{value!r} is no pair", "give two numbers as [from, to]")
-    pair = {"0": value[0], "1": value[1]}
-    return _number(pair, "0", path), _number(pair, "1", path)
-
-
-def _text(given: Mapping[str, Any], name: str, at: str) -> str:
-    value = given.get(name) if isinstance(given, Mapping) else None
-    if not isinstance(value, str) or not value:
-        _refuse(f"{at}.{name}".lstrip("."), f"{value!r}" if value is not None else "it is missing", "give a name")
-    return value
-
-
-def _mapping(given: Mapping[str, Any], name: str, at: str) -> Mapping[str, Any]:
-    value = given.get(name)
-    if not isinstance(value, dict):
-        _refuse(f"{at}.{name}".lstrip("."), "it is missing" if value is None else f"{value!r}", "give an object")
-    return value
-
-
-def _list(given: Mapping[str, Any], name: str, at: str, *, optional: bool = False) -> list[Any]:
-    value = given.get(name, [] if optional else None)
-    if not isinstance(value, list):
-        _refuse(f"{at}.{name}".lstrip("."), "it is missing" if value is None else f"{value!r}", "give a list")
-    return value
-
-
-def _refuse(field: str, message: str, remedy: str) -> NoReturn:
-    raise ScenarioInvalid(f"{field}: {message}; {remedy}")
+    except Invalid as error:
+        raise ScenarioInvalid(
+            given.path((names or {}).get(error.field, error.field)), error.message, error.remedy
+        ) from None

@@ -24,8 +24,7 @@ def observe(run: Run, now: float, window_s: float) -> Signals:
     api = [request for request in ended if run.outcome[request] == Outcome.API]
     shed = sum(run.outcome[request] == Outcome.SHED for request in ended)
     good = [*local, *api]
-    slo = run.world.slo
-    attained = [r for r in good if run.ttft[r] <= slo.ttft_s and not run.itl[r] > slo.itl_s]
+    attained = [r for r in good if _attained(run, r)]
     up = [replica for replica in run.replicas if replica.up]
     return Signals(
         window_s=seconds,
@@ -36,9 +35,9 @@ def observe(run: Run, now: float, window_s: float) -> Signals:
         active_ceiling=run.world.engine.max_active,
         kv_usage=max((replica.kv_usage for replica in up), default=None),
         preemptions_per_s=_rate(run, now),
-        rank_demand=run.balance.demand,
-        rank_assigned=run.balance.prefill,
-        dropped_share=run.balance.moved,
+        rank_demand=run.knobs.balance.demand,
+        rank_assigned=run.knobs.balance.prefill,
+        dropped_share=run.knobs.balance.moved,
         arrivals_per_s=arrivals / seconds,
         completed_per_s=len(good) / seconds,
         local_per_s=len(local) / seconds,
@@ -53,6 +52,11 @@ def observe(run: Run, now: float, window_s: float) -> Signals:
         can_spill=bool(run.world.apis),
         api_failing=any(a.down(now) for a in run.world.apis),
     )
+
+
+def _attained(run: Run, request: int) -> bool:
+    slo = run.world.tiers[run.tier[request]].slo if run.tier else run.world.slo
+    return run.ttft[request] <= slo.ttft_s and not run.itl[request] > slo.itl_s
 
 
 def _rate(run: Run, now: float) -> float:

@@ -11,16 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_core import trace
+from moe_planner.sim.invalid import Invalid
 
 Z99 = 2.3263478740408408
 """99th percentile of the standard normal distribution."""
 Z95 = 1.6448536269514722
+MOST_TOKENS, MOST_HEIGHT = 10_000_000, 1000
+MOST_REQUESTS = 20_000_000
+"""A workload lies in memory: a gigabyte or two at this many."""
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-class WorkloadInvalid(ValueError):
-    """A workload that cannot be. Names the field, the file and line where there is one, and the remedy."""
+class WorkloadInvalid(Invalid):
+    """A workload that cannot be. The message has the file and line where there is one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +37,16 @@ class Workload:
 
     def __post_init__(self) -> None:
         if not len(self.at_s) == len(self.input_tokens) == len(self.output_tokens):
-            raise WorkloadInvalid("at_s, input_tokens, output_tokens: of different lengths; give one of each a request")
+            raise WorkloadInvalid(
+                "at_s", "at_s, input_tokens, output_tokens differ in length", "give one of each a request"
+            )
         if len(self.at_s) and not (np.all(np.isfinite(self.at_s)) and self.at_s[0] >= 0):
-            raise WorkloadInvalid("at_s: times must be finite and not before 0")
+            raise WorkloadInvalid("at_s", "a time is not finite or before 0", "give seconds from the start")
         if np.any(np.diff(self.at_s) < 0):
-            raise WorkloadInvalid("at_s: times fall; sort the requests by arrival")
+            raise WorkloadInvalid("at_s", "times fall", "sort the requests by arrival")
         for name in ("input_tokens", "output_tokens"):
             if len(self.at_s) and getattr(self, name).min() < 1:
-                raise WorkloadInvalid(f"{name}: a request has at least one token")
+                raise WorkloadInvalid(name, "a request has none", "give each at least one token")
 
     def __len__(self) -> int:
         return len(self.at_s)
@@ -58,7 +64,7 @@ class Workload:
     def faster(self, factor: float) -> Workload:
         """The same requests, their times divided by `factor`."""
         if not (math.isfinite(factor) and factor > 0):
-            raise WorkloadInvalid(f"scale: {factor} is no rate; it must be above 0")
+            raise WorkloadInvalid("scale", f"{factor} is no rate", "it must be above 0")
         return Workload(self.at_s / factor, self.input_tokens, self.output_tokens)
 
     def until(self, seconds: float) -> Workload:
@@ -76,7 +82,9 @@ class Lengths:
 
     def __post_init__(self) -> None:
         if not 1 <= self.median <= self.p99 < math.inf:
-            raise WorkloadInvalid(f"median, p99: {self.median}, {self.p99} are no lengths; 1 ≤ median ≤ p99 is wanted")
+            raise WorkloadInvalid("median", f"{self.median:g}, with p99 {self.p99:g}", "1 ≤ median ≤ p99 is wanted")
+        if self.p99 > MOST_TOKENS:
+            raise WorkloadInvalid("p99", f"{self.p99:g} tokens", f"{MOST_TOKENS:,} are the most")
 
     def draw(self, rng: np.random.Generator, count: int) -> Ints:
         sigma = math.log(self.p99 / self.median) / Z99
@@ -93,8 +101,14 @@ class Spikes:
     seconds: tuple[float, float]
 
     def __post_init__(self) -> None:
-        if not (self.per_hour >= 0 and self.height >= 1 and 0 < self.seconds[0] <= self.seconds[1]):
-            raise WorkloadInvalid("spikes: per_hour ≥ 0, height ≥ 1 and 0 < seconds[0] ≤ seconds[1] are wanted")
+        if not 0 <= self.per_hour < math.inf:
+            raise WorkloadInvalid("per_hour", f"{self.per_hour}", "it must be 0 or more")
+        if self.per_hour > 3600:
+            raise WorkloadInvalid("per_hour", f"{self.per_hour:g}", "one a second is the most")
+        if not 1 <= self.height <= MOST_HEIGHT:
+            raise WorkloadInvalid("height", f"{self.height:g}", f"it must lie in [1, {MOST_HEIGHT:,}]")
+        if not 0 < self.seconds[0] <= self.seconds[1] < math.inf:
+            raise WorkloadInvalid("seconds", f"{list(self.seconds)}", "0 < seconds[0] ≤ seconds[1] is wanted")
 
 
 @dataclass(frozen=True)
@@ -112,9 +126,15 @@ class Arrivals:
     def __post_init__(self) -> None:
         for name in ("seconds", "rps", "shape"):
             if not 0 < getattr(self, name) < math.inf:
-                raise WorkloadInvalid(f"{name}: {getattr(self, name)}; it must be above 0")
+                raise WorkloadInvalid(name, f"{getattr(self, name):g}", "it must be above 0")
         if self.shape_every_s is not None and not self.shape_every_s > 0:
-            raise WorkloadInvalid(f"shape_redrawn_every_s: {self.shape_every_s}; it must be above 0")
+            raise WorkloadInvalid("shape_redrawn_every_s", f"{self.shape_every_s:g}", "it must be above 0")
+        if self.shape_every_s is not None and self.seconds / self.shape_every_s > MOST_REQUESTS:
+            raise WorkloadInvalid("shape_redrawn_every_s", f"{self.shape_every_s:g}", "give a longer time")
+        height = 1.0 if self.spikes is None else self.spikes.height
+        if (most := self.rps * height * self.seconds) > MOST_REQUESTS:
+            remedy = f"lower the rate or the time: {MOST_REQUESTS:,} are the most"
+            raise WorkloadInvalid("rps", f"up to {most:.2g} requests would arrive", remedy)
 
 
 def generate(arrivals: Arrivals, seed: int) -> Workload:
@@ -184,4 +204,4 @@ def read_trace(path: Path) -> Workload:
     try:
         return Workload.of(trace.read(path))
     except trace.TraceInvalid as error:
-        raise WorkloadInvalid(str(error)) from None
+        raise WorkloadInvalid("trace", error.message, error.remedy) from None

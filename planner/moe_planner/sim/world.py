@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_core.spill import Thresholds
 from moe_planner.sim.engine import Engine
 from moe_planner.sim.experts import Experts
+from moe_planner.sim.invalid import Invalid
 from moe_planner.sim.workload import Z95
 
 LOCAL = "local"
@@ -18,8 +19,11 @@ THRESHOLDS = Thresholds(0.5, 1.0)
 """Those of a resource that names none."""
 
 
-class WorldInvalid(ValueError):
-    """A world that cannot be. Names the field and the remedy."""
+MOST_REPLICAS, MOST_API_S = 10_000, 3600.0
+
+
+class WorldInvalid(Invalid):
+    """A world that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Slo:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "itl_s"):
             if not getattr(self, name) > 0:
-                raise WorldInvalid(f"slo.{name}: {getattr(self, name)}; it must be above 0")
+                raise WorldInvalid(name, f"{getattr(self, name):g}", "it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,23 @@ class Api:
 
     def __post_init__(self) -> None:
         if self.name == LOCAL or not self.name:
-            raise WorldInvalid(f"api.name: {self.name!r} is taken; give another name")
+            raise WorldInvalid("name", f"{self.name!r} is taken or empty", "give another name")
         if not 0 < self.ttft_median_s <= self.ttft_p95_s < math.inf:
-            raise WorldInvalid(f"api {self.name}, ttft: 0 < median ≤ p95 is wanted")
+            raise WorldInvalid(
+                "ttft_median_s", f"{self.ttft_median_s:g}, with p95 {self.ttft_p95_s:g}", "0 < median ≤ p95 is wanted"
+            )
+        if max(self.ttft_median_s, self.ttft_p95_s) > MOST_API_S or self.itl_s > MOST_API_S:
+            raise WorldInvalid("itl_s", "the API would be silent for more than an hour", "give shorter latencies")
         for name in ("itl_s", "usd_per_m_input", "usd_per_m_output"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise WorldInvalid(f"api {self.name}, {name}: {getattr(self, name)}; it must be 0 or more")
-        if not (self.requests_per_minute > 0 and 0 <= self.p_429_in_burst <= 1):
-            raise WorldInvalid(f"api {self.name}: requests_per_minute above 0 and p_429_in_burst in [0, 1] are wanted")
+                raise WorldInvalid(name, f"{getattr(self, name)}", "it must be 0 or more")
+        if not self.requests_per_minute > 0:
+            raise WorldInvalid("requests_per_minute", f"{self.requests_per_minute}", "it must be above 0")
+        if not 0 <= self.p_429_in_burst <= 1:
+            raise WorldInvalid("p_429_in_burst", f"{self.p_429_in_burst}", "it must lie in [0, 1]")
+        for start, until in self.outages:
+            if not 0 <= start < until:
+                raise WorldInvalid("outages", f"[{start:g}, {until:g}]", "from < until is wanted")
 
     @property
     def sigma(self) -> float:
@@ -70,6 +83,23 @@ class Api:
 
     def down(self, now_s: float) -> bool:
         return any(start <= now_s < until for start, until in self.outages)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A class of tenants: its share of requests, what it is promised, and whether it may spill.
+
+    The gateway decides by the world's own SLO for every tier, as production's does; a tier's counts in attainment.
+    """
+
+    name: str
+    share: float
+    slo: Slo
+    may_spill: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise WorldInvalid("share", f"{self.share:g}", "it must lie in [0, 1]")
 
 
 BURST_SHARE = 0.8
@@ -102,20 +132,31 @@ class World:
     report_every_s: float = 1.0
     report_lag_s: float = 0.0  # from the engines' count to the gateway
     output_bound: int = 4096  # output tokens that a spilled request may cost at most
+    tiers: tuple[Tier, ...] = ()  # none: every request is promised `slo` and may spill
 
     def __post_init__(self) -> None:
         if self.replicas < 0:
-            raise WorldInvalid(f"replicas: {self.replicas}; it must be 0 or more")
+            raise WorldInvalid("replicas", f"{self.replicas}", "it must be 0 or more")
+        if self.replicas > MOST_REPLICAS:
+            raise WorldInvalid("replicas", f"{self.replicas}", f"{MOST_REPLICAS:,} are the most")
         if self.gateways < 1:
-            raise WorldInvalid(f"gateways: {self.gateways}; it must be 1 or more")
+            raise WorldInvalid("gateways", f"{self.gateways}", "it must be 1 or more")
         if not (self.report_every_s > 0 and self.report_lag_s >= 0):
-            raise WorldInvalid("report_every_s above 0 and report_lag_s of 0 or more are wanted")
-        if not (self.budget_usd >= 0 and self.usd_per_hour >= 0):
-            raise WorldInvalid("budget_usd, usd_per_hour: neither may be below 0")
+            raise WorldInvalid(
+                "report_every_s", "it, or report_lag_s, is too small", "above 0, and 0 or more, are wanted"
+            )
+        for name in ("budget_usd", "usd_per_hour"):
+            if not getattr(self, name) >= 0:
+                raise WorldInvalid(name, f"{getattr(self, name)}", "it must be 0 or more")
         if len({api.name for api in self.apis}) != len(self.apis):
-            raise WorldInvalid("apis: two have the same name; give each its own")
+            raise WorldInvalid("apis", "one is there twice", "name each once")
         for outage in self.outages:
             if not 0 <= outage.replica < self.replicas:
-                raise WorldInvalid(f"replica_down: there is no replica {outage.replica}; there are {self.replicas}")
+                raise WorldInvalid("outages", f"there is no replica {outage.replica}", f"there are {self.replicas}")
             if not 0 <= outage.from_s < outage.until_s:
-                raise WorldInvalid(f"replica_down: [{outage.from_s}, {outage.until_s}]; from < until is wanted")
+                raise WorldInvalid("outages", f"[{outage.from_s:g}, {outage.until_s:g}]", "from < until is wanted")
+        if self.tiers and not math.isclose(sum(tier.share for tier in self.tiers), 1.0, abs_tol=1e-6):
+            total = sum(tier.share for tier in self.tiers)
+            raise WorldInvalid("tiers", f"their shares add up to {total:g}", "make them add up to 1")
+        if len({tier.name for tier in self.tiers}) != len(self.tiers):
+            raise WorldInvalid("tiers", "two have the same name", "give each its own")
