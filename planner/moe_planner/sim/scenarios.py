@@ -43,7 +43,7 @@ TIER = ("name", "share", "ttft_deadline_ms", "itl_p95_ms", "fallback")
 # Names that the simulator's own figures have in the file.
 _SLO_NAMES = {"ttft_s": "ttft_deadline_ms", "itl_s": "itl_p95_ms"}
 _POOL_NAMES = {"prefill_token_s": _TIMES[0], "launch_s": _TIMES[1], "decode_s": _TIMES[1], "active_s": _TIMES[2]}
-_API_NAMES = {"ttft_median_s": "ttft_ms_lognormal", "itl_s": "itl_ms"}
+_API_NAMES = {"ttft_median_s": API[0], "ttft_p95_s": API[0], "itl_s": "itl_ms"}
 _WORLD_NAMES = {"outages": "replica_down", "apis": "api"}
 _DRIFT_NAMES = {"sigma_per_min": DRIFT[0], "topics_per_hour": DRIFT[1]}
 _GENERATE_NAMES = {"seconds": "minutes", "rps": "mean_rps", "shape": "gamma_shape"}
