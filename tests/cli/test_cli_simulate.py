@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_cli.outcome import Refusal
+from moe_cli.outcome import Exit, Refusal
+from moe_cli.plan import PlanOptions, answer
 from moe_cli.say import Say
 from moe_cli.simulate import SimulateOptions, run
+from moe_cli.simulate_file import FileOptions
+from moe_planner.sim.result import Result
+from moe_planner.sim.simulate import simulate
 
 SMALL: dict[str, Any] = {
     "slo": {"ttft_deadline_ms": 1500, "itl_p95_ms": 50},
@@ -179,3 +184,162 @@ def test_an_option_that_cannot_be_used_is_refused_by_name(tmp_path: Path, change
 def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="no JSON"):
         play(tmp_path, "{")
+
+
+# A MoEDeployment
+
+QWEN = """
+apiVersion: moestack.dev/v1alpha1
+kind: MoEDeployment
+metadata: {name: qwen3}
+spec:
+  model: {id: Qwen/Qwen3-235B-A22B-FP8}
+  hardware: {accelerator: nvidia-h100, gpusPerReplica: 4}
+  replicas: {min: 1, max: 4}
+  slo: {ttftP95: 800ms, itlP95: 50ms}
+  tiers:
+    - {name: gold, slo: {ttftP95: 400ms}}
+    - {name: batch, slo: {ttftP95: 30s}, fallback: Never}
+  fallback:
+    targets:
+      - name: gpt
+        provider: openai
+        model: gpt-5.5
+        secretRef: {name: openai, key: apiKey}
+        price: {inputUsdPerMTokens: 5, outputUsdPerMTokens: 30}
+        limits: {requestsPerMinute: 3000}
+    trigger: {missProbability: "0.4"}
+    budget: {usdPerDay: "2"}
+"""
+
+
+def deployed(folder: Path, text: str = QWEN, *, err: io.StringIO | None = None, **of_file: Any) -> dict[str, Any]:
+    path = folder / "moed.yaml"
+    path.write_text(text)
+    out = io.StringIO()
+    told = FileOptions(**{"rps": 6.0, "seconds": 60.0, **of_file})
+    options = SimulateOptions(path, (), None, 1.0, None, "production", True, told)
+    assert run(options, Say(Console(file=out, width=40), Console(file=err or io.StringIO()))) == 0
+    document: dict[str, Any] = json.loads(out.getvalue())
+    return document
+
+
+def test_a_deployment_is_simulated_as_it_would_be_planned_with_its_promises_targets_and_budget(tmp_path: Path) -> None:
+    err = io.StringIO()
+    result = deployed(tmp_path, err=err)
+    planned = answer(PlanOptions(tmp_path / "moed.yaml", input_tokens=2000, output_tokens=200, rps=6.0))
+    assert planned.chosen is not None
+    assert result["plan"]["layout"] == str(planned.chosen.layout)
+    assert result["plan"]["budget_usd"] == 2
+    assert result["requests"] == sum(result["outcomes"].values()) > 300
+    assert 0 < result["api_usd"] <= 2
+    assert result["rent_usd"] > 0
+    assert result["usd_per_m_tokens"] > 0
+    assert "nothing scales here" in err.getvalue()
+    assert "is assumed" in err.getvalue()
+
+
+def test_more_replicas_attain_more_and_spill_less(tmp_path: Path) -> None:
+    one, four = (deployed(tmp_path, replicas=n) for n in (1, 4))
+    assert four["attainment"] > one["attainment"]
+    assert four["api_usd"] < one["api_usd"]
+    assert four["rent_usd"] > one["rent_usd"]
+
+
+def test_a_trace_is_traffic_too(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n0,100,10\n1.5,50,5\n9,50,5\n")
+    assert deployed(tmp_path, rps=None, seconds=None, trace=trace)["requests"] == 3
+    assert deployed(tmp_path, rps=None, seconds=5.0, trace=trace)["requests"] == 2
+
+
+def test_tiers_have_their_own_promise_and_right_to_spill(tmp_path: Path) -> None:
+    tiers = deployed(tmp_path, tiers=("gold=0.5", "batch=0.25"))["tiers"]
+    assert set(tiers) == {"gold", "batch", "default"}
+    assert tiers["gold"]["requests"] == pytest.approx(2 * tiers["batch"]["requests"], rel=0.4)
+    assert tiers["batch"]["spill_share"] == 0
+    assert tiers["gold"]["spill_share"] > 0
+    assert tiers["gold"]["attainment"] < tiers["default"]["attainment"]
+
+
+FILE_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no traffic": (QWEN, {"rps": None}, "--rps"),
+    "no rate": (QWEN, {"rps": -1.0}, "--rps"),
+    "no time": (QWEN, {"seconds": 0.0}, "--seconds"),
+    "a rate that is no number": (QWEN, {"rps": float("nan")}, "--rps"),
+    "gaps of no shape": (QWEN, {"burstiness": 0.0}, "--burstiness"),
+    "lengths that are none": (QWEN, {"input_tokens": "0"}, "--input-tokens"),
+    "latency that is none": (QWEN, {"api_ttft_ms": "600,5"}, "--api-ttft-ms"),
+    "a trace that is not there": (QWEN, {"rps": None, "trace": Path("/nowhere.csv")}, "--trace"),
+    "a trace and a rate": (QWEN, {"trace": Path("/nowhere.csv")}, "--rps"),
+    "a tier that is not there": (QWEN, {"tiers": ("silver=0.1",)}, "--tier"),
+    "a tier without a share": (QWEN, {"tiers": ("gold",)}, "--tier"),
+    "shares above one": (QWEN, {"tiers": ("gold=0.7", "batch=0.7")}, "--tier"),
+    "a tier twice": (QWEN, {"tiers": ("gold=0.1", "gold=0.1")}, "--tier"),
+    "no price": (
+        QWEN.replace("gpt-5.5", "no-such-model").replace(
+            "price: {inputUsdPerMTokens: 5, outputUsdPerMTokens: 30}", "zeroRetention: true"
+        ),
+        {},
+        "spec.fallback.targets[0].price",
+    ),
+    "what does not fit": (QWEN.replace("gpusPerReplica: 4", "gpusPerReplica: 1"), {}, "spec"),
+    "a file with a wrong field": (QWEN.replace("replicas: {min: 1", "replicas: {min: -1"), {}, ""),
+}
+
+
+@pytest.mark.parametrize("name", FILE_REFUSED)
+def test_what_cannot_be_simulated_of_a_deployment_is_refused_by_field(tmp_path: Path, name: str) -> None:
+    text, of_file, field = FILE_REFUSED[name]
+    with pytest.raises(Refusal) as refused:
+        deployed(tmp_path, text, **of_file)
+    assert refused.value.problems[0].field == field
+    assert refused.value.problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"of_file": FileOptions(rps=1.0)}, "--rps"), ({"of_file": FileOptions(tiers=("a=1",))}, "--tier")],
+)
+def test_traffic_is_no_option_of_a_file_that_has_its_own(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        play(tmp_path, SMALL, **changes)
+    assert refused.value.problems[0].field == field
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_shows_what_has_ended_marked_as_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def interrupted(*given: Any, progress: Callable[[float], bool], **named: Any) -> Result:
+        def heard(share: float) -> bool:
+            if share > 0.3:
+                signal.raise_signal(number)
+            return progress(share)
+
+        return simulate(*given, progress=heard, **named)
+
+    monkeypatch.setattr("moe_cli.simulate.simulate", interrupted)
+    before = signal.getsignal(number)
+    document = copy.deepcopy(SMALL)
+    document["scenarios"][0]["generate"] |= {"minutes": 30, "mean_rps": 4}
+    path = tmp_path / "scenarios.json"
+    (tmp_path / "trace.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n0,100,10\n")
+    path.write_text(json.dumps(document))
+    for as_json in (True, False):
+        out, err = io.StringIO(), io.StringIO()
+        options = SimulateOptions(path, (), None, 1.0, None, "local", as_json)
+        assert run(options, Say(Console(file=out, width=40), Console(file=err, width=200))) == Exit.INTERRUPTED == 130
+        assert "interrupted: one has" in err.getvalue()
+        assert "1 more not begun" in err.getvalue()
+        assert signal.getsignal(number) is before
+        if as_json:
+            (result,) = json.loads(out.getvalue())
+            assert result["partial"] is True
+            assert 0 < result["requests"] == sum(result["outcomes"].values()) <= 4096
+            assert result["unfinished"] > 3000
+        else:
+            assert "one (partial)" in out.getvalue()
