@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable
 from decimal import Decimal
 
-import aiohttp
 import orjson
 
 from moe_core.latency import observe_decode, observe_ttft, predict_ttft_s
@@ -23,11 +22,13 @@ from moe_gateway.responder import Responder
 from moe_gateway.sse import MAX_EVENT_BYTES, SseScanner
 from moe_gateway.state import Gateway
 from moe_gateway.upstream import Fault, Rejected, Upstream, UpstreamFailed, send
+from moe_gateway.wire import Response
 
 MAX_ANSWER_BYTES = 64 << 20
 PROBE_PROMISES = 2.0
 """A probe of an upstream that was down waits so many SLOs, not the whole patience of a request."""
-_LOST = (aiohttp.ClientError, OSError, TimeoutError)
+_LOST = OSError
+"""A connection that broke; a TimeoutError is one."""
 
 
 class Attempt:
@@ -58,7 +59,7 @@ class Attempt:
         self._adapter = upstream.adapter
         self._scanner: Stream = SseScanner() if self._adapter is None else self._adapter.stream(request)
         self._usage: Usage | None = None
-        self._response: aiohttp.ClientResponse | None = None
+        self._response: Response | None = None
         self._billed = False
         self._probe = False
         self._sent_s = 0.0
@@ -100,19 +101,18 @@ class Attempt:
                 self._response.close()
             self._account(reservation, failed)
 
-    async def _open(self) -> aiohttp.ClientResponse:
+    async def _open(self) -> Response:
         """Send, and mark that from a 200 on the upstream may bill."""
         limits = self._gateway.config.limits
         self._call.enter(Phase.WAITING, self._clock.monotonic())
         self._billed = True  # if we are stopped while the request is out, nobody knows
         self._response = await send(
-            self._gateway.client,
+            self._gateway.wire,
             self._upstream,
             self._request,
             request_id=self._call.request_id,
             tier=self._call.tier,
             output_cap=limits.spill_output_tokens,
-            response_s=limits.response_s,
         )
         return self._response
 
@@ -187,7 +187,7 @@ class Attempt:
         else:
             await self._out.finish()  # the upstream's own error event has been passed on
 
-    async def _first_token(self) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _first_token(self) -> tuple[Response, bytes]:
         """The bytes up to the first content token. After `first_token_s` the attempt gives way where another may be
         tried, and goes on waiting, up to `response_s`, where none may."""
         limits, loop = self._gateway.config.limits, asyncio.get_running_loop()
@@ -224,13 +224,13 @@ class Attempt:
         self._upstream.ledger.first_token(self._call.id)
         return response, head
 
-    async def _read_head(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read_head(self, response: Response) -> bytes:
         scanner, head = self._scanner, b""
         if response.content_type != "text/event-stream":
             raise UpstreamFailed(Fault.MALFORMED, f"the answer is {response.content_type}, not a stream")
         while not scanner.content_events and not scanner.complete:
             try:
-                chunk = await response.content.readany()
+                chunk = await response.readany()
             except TimeoutError:
                 raise
             except _LOST as error:
@@ -245,13 +245,13 @@ class Attempt:
                 raise UpstreamFailed(Fault.RESET, "the stream ended before its first token", maybe_billed=True)
         return head
 
-    async def _pass_on(self, response: aiohttp.ClientResponse) -> str | None:
+    async def _pass_on(self, response: Response) -> str | None:
         """Everything after the head. None for a whole stream, else what broke it."""
         scanner, call, clock, out = self._scanner, self._call, self._clock, self._out
         while not scanner.done and not scanner.broken:
             call.enter(Phase.READING, clock.monotonic())
             try:
-                chunk = await response.content.readany()
+                chunk = await response.readany()
             except _LOST:
                 if scanner.complete:
                     break
@@ -319,9 +319,9 @@ class Attempt:
         return self._gateway.cost_bound_usd(self._request, self._upstream)
 
 
-async def _read_all(response: aiohttp.ClientResponse) -> bytes:
+async def _read_all(response: Response) -> bytes:
     parts, size = [], 0
-    async for chunk in response.content.iter_any():
+    while chunk := await response.readany():
         parts.append(chunk)
         size += len(chunk)
         if size > MAX_ANSWER_BYTES:
@@ -329,16 +329,16 @@ async def _read_all(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-async def _to_the_end(response: aiohttp.ClientResponse) -> None:
+async def _to_the_end(response: Response) -> None:
     """Read what follows [DONE], the end of the body, so that the connection can be used again."""
     try:
         async with asyncio.timeout(1.0):
-            while await response.content.readany():
+            while await response.readany():
                 pass
     except _LOST:
         return
 
 
-def _content_type(response: aiohttp.ClientResponse, otherwise: bytes) -> bytes:
+def _content_type(response: Response, otherwise: bytes) -> bytes:
     value = response.headers.get("content-type")
     return otherwise if value is None else value.encode("latin-1", "replace")

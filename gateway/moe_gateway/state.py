@@ -43,6 +43,7 @@ from moe_gateway.retries import Retries
 from moe_gateway.telemetry import Telemetry
 from moe_gateway.upstream import Upstream
 from moe_gateway.weights import in_force
+from moe_gateway.wire import Wire
 
 
 class Gateway:
@@ -72,10 +73,18 @@ class Gateway:
         self.draining = False
         self._ids = itertools.count(1)
         self._client: aiohttp.ClientSession | None = None
+        self._wire: Wire | None = None
+
+    @property
+    def wire(self) -> Wire:
+        """The way to upstreams for requests of clients. Made inside the event loop, at first use."""
+        if self._wire is None:
+            self._wire = Wire(connect_s=2.0)
+        return self._wire
 
     @property
     def client(self) -> aiohttp.ClientSession:
-        """The one session to upstreams. Made inside the event loop, at first use."""
+        """The one session to boards and metrics. Made inside the event loop, at first use."""
         if self._client is None:
             self._client = http.session(connect_s=2.0, read_s=self.config.limits.response_s)
         return self._client
@@ -83,6 +92,8 @@ class Gateway:
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()
+        if self._wire is not None:
+            self._wire.close()
         await self.budget.close()
 
     # Requests in flight

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 
-import aiohttp
-
 from moe_core import breaker as breakers
 from moe_core.breaker import Breaker, BreakerMode
 from moe_core.config import TargetConfig
@@ -23,6 +21,7 @@ from moe_gateway.openai_api import ApiRequest
 from moe_gateway.providers.base import Adapter
 from moe_gateway.settings import KeyFile
 from moe_gateway.tiers import engine_body
+from moe_gateway.wire import ConnectFailed, Response, Wire
 
 OVERLOAD_STATUSES = frozenset({429, 503, 529})
 RETRY_STATUSES = frozenset({408, *OVERLOAD_STATUSES})
@@ -119,15 +118,14 @@ class Upstream:
 
 
 async def send(
-    client: aiohttp.ClientSession,
+    wire: Wire,
     upstream: Upstream,
     request: ApiRequest,
     *,
     request_id: str,
     tier: str,
     output_cap: int,
-    response_s: float,
-) -> aiohttp.ClientResponse:
+) -> Response:
     """Send a request and wait for the answer's status and headers.
 
     Raises UpstreamFailed where another upstream may be tried, Rejected for a client error.
@@ -140,34 +138,26 @@ async def send(
         path = upstream.adapter.path(request)
         headers |= upstream.adapter.headers(None if upstream.key is None else upstream.key.value())
     try:
-        response = await client.post(
-            upstream.base_url + path,
-            data=body,
-            headers=headers,
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=response_s),
-        )
-    except aiohttp.ClientConnectorError as error:
-        raise UpstreamFailed(Fault.REFUSED, f"no connection: {type(error).__name__}") from None
-    except aiohttp.ConnectionTimeoutError:
-        raise UpstreamFailed(Fault.REFUSED, "no connection in time") from None
+        response = await wire.post(upstream.base_url + path, body, headers)
+    except ConnectFailed as error:
+        raise UpstreamFailed(Fault.REFUSED, f"no connection: {error}") from None
     except TimeoutError:
         raise UpstreamFailed(Fault.TIMEOUT, "no answer in time", maybe_billed=True) from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise UpstreamFailed(Fault.RESET, f"connection lost: {type(error).__name__}", maybe_billed=True) from None
+    except OSError as error:
+        raise UpstreamFailed(Fault.RESET, f"connection lost: {error}", maybe_billed=True) from None
     if response.status == 200:
         return response
     await _refuse(upstream, response)
     raise AssertionError("unreachable")
 
 
-async def _refuse(upstream: Upstream, response: aiohttp.ClientResponse) -> None:
+async def _refuse(upstream: Upstream, response: Response) -> None:
     """Turn an answer that is no 200 into the exception that it means."""
     status = response.status
     try:
         async with asyncio.timeout(10.0):
-            body = await response.content.read(65536)
-    except (aiohttp.ClientError, OSError, TimeoutError):
+            body = await response.read(65536)
+    except OSError:  # a TimeoutError is one
         body = b""
     response.close()
     if upstream.adapter is not None:
