@@ -13,6 +13,7 @@ from moe_cli.fit import Fit, Machine, Refused, fit
 from moe_cli.outcome import Exit, Problem
 from moe_cli.targets import targets as find_targets
 from moe_core.config import TargetConfig
+from moe_core.prices import FREE_PROVIDER
 
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("-m", "moe_cli.tiny_step"),
@@ -83,7 +84,7 @@ def _notes(resource: MoEDeployment, targets: Sequence[TargetConfig]) -> tuple[st
     notes += [
         f"spec.fallback.targets ({target.name}): no price is known: its requests count as $0; set price"
         for target in targets
-        if not target.usd_per_m_input and not target.usd_per_m_output
+        if target.provider == FREE_PROVIDER and not target.usd_per_m_input and not target.usd_per_m_output
     ]
     return tuple(notes)
 

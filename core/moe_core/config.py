@@ -34,6 +34,9 @@ class TargetConfig(Model):
     usd_per_m_input: Decimal = Decimal(0)
     usd_per_m_output: Decimal = Decimal(0)
     api_version: str | None = Field(default=None, description="of azure-openai; None: the newest that is no preview")
+    cached_input_usd_per_m: Decimal | None = Field(default=None, ge=0, description="None: what other input costs")
+    zero_retention: bool = Field(default=False, description="its provider has agreed to keep nothing")
+    region: str | None = Field(default=None, description="where its provider processes data, as far as known")
 
 
 class ForeignMetrics(Model):
@@ -143,6 +146,9 @@ class GatewayConfig(Model):
     tracing: TracingConfig | None = Field(default=None, description="None: no traces, at no cost")
     log_ok_share: float = Field(default=1.0, ge=0, le=1, description="share of lines of requests that went well")
     log_prompts: bool = Field(default=False, description="prompts into the log: for debugging, never for production")
+    price_file: str | None = Field(
+        default=None, description="TOML or JSON with prices of models, in place of the catalog's"
+    )
 
 
 class KnobBounds(Model):

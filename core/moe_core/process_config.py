@@ -27,6 +27,7 @@ from moe_api.v1alpha1 import (
     Overflow,
     Provider,
 )
+from moe_core import prices
 from moe_core.config import (
     AuthConfig,
     ForeignMetrics,
@@ -255,8 +256,6 @@ def unheeded(spec: MoEDeploymentSpec) -> tuple[tuple[str, str], ...]:
         place = f"spec.fallback.targets[{index}]"
         if target.limits != TargetLimits():
             found.append((f"{place}.limits", "the gateway counts no requests of a provider's contract yet"))
-        if target.price.cached_input_usd_per_m_tokens is not None:
-            found.append((f"{place}.price.cachedInputUsdPerMTokens", "the gateway counts cached tokens in full"))
     if gateway.budget_store != BudgetStore():
         found.append(("spec.gateway.budgetStore", "each gateway pod keeps its share of the budget by itself"))
     if monitoring.dashboards is Toggle.ENABLED:
@@ -304,11 +303,10 @@ def unusable(target: FallbackTarget, where: str) -> Problem | None:
         )
     if target.provider == Provider.BEDROCK and target.base_url is None and target.region is None:
         return Problem(f"{where}.region", "the address of bedrock is its region's", "set it, or baseUrl")
-    price = target.price
-    if target.provider != Provider.OPENAI_COMPATIBLE and None in (
-        price.input_usd_per_m_tokens,
-        price.output_usd_per_m_tokens,
-    ):
+    own = (target.price.input_usd_per_m_tokens, target.price.output_usd_per_m_tokens)
+    if target.provider == Provider.OPENAI_COMPATIBLE or (None not in own and any(own)):
+        return None
+    if any(own) or not prices.in_catalog(target.provider.value, target.model):
         return Problem(
             f"{where}.price",
             f"no price of target {target.name} is known, so no budget could hold",
@@ -335,6 +333,9 @@ def target_config(target: FallbackTarget, key_file: str | None) -> TargetConfig:
         api_key_file=key_file,
         usd_per_m_input=price.input_usd_per_m_tokens or Decimal(0),
         usd_per_m_output=price.output_usd_per_m_tokens or Decimal(0),
+        cached_input_usd_per_m=price.cached_input_usd_per_m_tokens,
+        zero_retention=target.zero_retention,
+        region=target.region,
     )
 
 

@@ -13,8 +13,8 @@ from decimal import Decimal
 import orjson
 
 from moe_core.latency import observe_decode, observe_ttft, predict_ttft_s
+from moe_core.prices import cost_usd
 from moe_core.spill import Forecast
-from moe_gateway.budget import cost_usd
 from moe_gateway.call import Call, Outcome, Phase, Stop
 from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint, Usage, read_usage
 from moe_gateway.providers.base import Stream
@@ -311,11 +311,11 @@ class Attempt:
         """What the attempt cost: by usage; by counted tokens where a stream broke off or told none; the whole
         reservation where an answer in one piece was lost on its way."""
         if usage is not None:
-            return cost_usd(usage.prompt_tokens, usage.output_tokens, *self._upstream.prices)
+            return cost_usd(usage.prompt_tokens, usage.output_tokens, self._upstream.price, usage.cached_tokens)
         if not self._billed:
             return Decimal(0)
         if self._request.stream:
-            return cost_usd(self._prompt_tokens, self._scanner.content_events, *self._upstream.prices)
+            return cost_usd(self._prompt_tokens, self._scanner.content_events, self._upstream.price)
         return self._gateway.cost_bound_usd(self._request, self._upstream)
 
 

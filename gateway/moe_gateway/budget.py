@@ -34,12 +34,6 @@ class BudgetUnavailable(Exception):
     """The store cannot be used; nothing may be spent."""
 
 
-def cost_usd(prompt_tokens: int, output_tokens: int, usd_per_m_input: Decimal, usd_per_m_output: Decimal) -> Decimal:
-    """Dollars for so many tokens: exact, but for a price finer than a millionth of a micro-dollar, rounded up."""
-    pico = (prompt_tokens * usd_per_m_input + output_tokens * usd_per_m_output) * 10**6
-    return pico.to_integral_value(ROUND_CEILING) / PICO
-
-
 def utc_day(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(unix_s))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from moe_core.clock import Clock
 from moe_core.config import GatewayConfig, RevisionConfig, TargetConfig
 from moe_core.latency import LatencyEstimate
+from moe_core.prices import Overrides, Price, PriceFileInvalid, price_of, read_overrides
 from moe_gateway.providers import adapter_of
-from moe_gateway.settings import KeyFile
+from moe_gateway.settings import ConfigRefused, KeyFile
 from moe_gateway.upstream import TOKENS_PER_BYTE_PRIOR, Upstream
 
 
@@ -55,9 +57,10 @@ class Fleet:
 
 def renew(fleet: Fleet, config: GatewayConfig, clock: Clock) -> Fleet:
     """The fleet of a configuration. What is configured as before keeps what is known of it: its ledger, breaker and
-    estimates. Raises ConfigRefused for a key file that is missing or empty."""
+    estimates. Raises ConfigRefused for a key file that is missing or empty, and for a target without a price."""
     revisions = tuple(_revision(fleet, revision) for revision in config.revisions)
-    targets = tuple(_target(fleet, index, target, clock) for index, target in enumerate(config.targets))
+    overrides = _overrides(config)
+    targets = tuple(_target(fleet, index, target, overrides, clock) for index, target in enumerate(config.targets))
     kept = {id(upstream) for upstream in (*revisions, *targets)}
     gone = tuple(upstream for upstream in fleet.all if id(upstream) not in kept)
     return Fleet(revisions, targets, gone).settled()
@@ -73,18 +76,44 @@ def _revision(fleet: Fleet, revision: RevisionConfig) -> Upstream:
     return Upstream(revision.name, url, tokens_per_byte=tokens_per_byte, ours=ours)
 
 
-def _target(fleet: Fleet, index: int, target: TargetConfig, clock: Clock) -> Upstream:
+def _overrides(config: GatewayConfig) -> Overrides:
+    if config.price_file is None:
+        return {}
+    try:
+        return read_overrides(Path(config.price_file))
+    except PriceFileInvalid as error:
+        raise ConfigRefused(f"priceFile: {error}") from None
+
+
+def _price(where: str, target: TargetConfig, overrides: Overrides, clock: Clock) -> Price:
+    """The price to keep a target's books by. Raises ConfigRefused where there is none: money could leave uncounted."""
+    own = Price(target.usd_per_m_input, target.usd_per_m_output, target.cached_input_usd_per_m)
+    at = datetime.fromtimestamp(clock.time(), UTC)
+    found = price_of(target.provider, target.model, own, overrides, at)
+    if found is None:
+        raise ConfigRefused(
+            f"{where}: no price of {target.provider} {target.model} is known, so no budget could hold;"
+            " set usdPerMInput and usdPerMOutput, or put it into priceFile"
+        )
+    return found
+
+
+def _target(fleet: Fleet, index: int, target: TargetConfig, overrides: Overrides, clock: Clock) -> Upstream:
     known = next((upstream for upstream in fleet.targets if upstream.name == target.name), None)
-    if known is not None and known.target == target:
+    where, key = f"targets[{index}] ({target.name})", None
+    same_target = known is not None and known.target == target
+    if known is not None and same_target:
+        key = known.key
+    elif target.api_key_file is not None:
+        key = KeyFile(Path(target.api_key_file), f"{where}.apiKeyFile", clock)
+    price = _price(where, target, overrides, clock)
+    if known is not None and same_target and known.price == price:
         return known
-    key = None
-    if target.api_key_file is not None:
-        key = KeyFile(Path(target.api_key_file), f"targets[{index}] ({target.name}).apiKeyFile", clock)
     # A closed API shows no queue: its TTFT is nearly the same for every length, and starts from a common figure.
     prior = LatencyEstimate(base_prior_s=0.6, slope_prior_s=2e-5, itl_s=0.02)
     adapter = adapter_of(target)
     url = (target.base_url or adapter.URL or "").rstrip("/")
-    made = Upstream(target.name, url, target, key, adapter=adapter, estimate=prior)
+    made = Upstream(target.name, url, target, key, adapter=adapter, price=price, estimate=prior)
     if known is not None and known.target is not None:
         same = (known.target.model, known.base_url) == (target.model, made.base_url)
         return replace(made, estimate=known.estimate, tokens_per_byte=known.tokens_per_byte) if same else made

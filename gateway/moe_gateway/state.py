@@ -21,6 +21,7 @@ from moe_core import http
 from moe_core.clock import Clock
 from moe_core.config import GatewayConfig, config_hash
 from moe_core.log import get_log
+from moe_core.prices import most_usd
 from moe_core.signing import Verifier
 from moe_core.spill import (
     Decision,
@@ -35,7 +36,7 @@ from moe_core.spill import (
 from moe_core.tiers import may_spill
 from moe_core.wire import GatewayDigest, Knobs, Weights
 from moe_gateway.access import Access
-from moe_gateway.budget import Budget, cost_usd
+from moe_gateway.budget import Budget
 from moe_gateway.call import Call, Phase, Stop
 from moe_gateway.fleet import Fleet, renew
 from moe_gateway.openai_api import ApiRequest, prompt_bound
@@ -152,7 +153,7 @@ class Gateway:
         """The most that a request can cost at a target."""
         if not target.priced:
             return Decimal(0)
-        return cost_usd(prompt_bound(request), self.output_bound(request), *target.prices)
+        return most_usd(prompt_bound(request), self.output_bound(request), target.price)
 
     def _context(self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None) -> SpillContext:
         now_s = self.clock.monotonic()

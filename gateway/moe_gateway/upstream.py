@@ -7,7 +7,6 @@ import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from enum import StrEnum
 
 from moe_core import breaker as breakers
@@ -15,6 +14,7 @@ from moe_core.breaker import Breaker, BreakerMode
 from moe_core.config import TargetConfig
 from moe_core.latency import LatencyEstimate
 from moe_core.log import redact
+from moe_core.prices import FREE, Price
 from moe_core.spill import EngineReport
 from moe_gateway.ledger import Ledger
 from moe_gateway.openai_api import ApiRequest
@@ -74,6 +74,8 @@ class Upstream:
     key: KeyFile | None = None
     adapter: Adapter | None = None
     """How to speak with a target; a revision speaks OpenAI's form."""
+    price: Price = FREE
+    """Of a closed API; local tokens have no price here."""
     weight: int = 0
     breaker: Breaker = field(default_factory=Breaker)
     ledger: Ledger = field(default_factory=Ledger)
@@ -89,17 +91,8 @@ class Upstream:
         return self.target is None
 
     @property
-    def prices(self) -> tuple[Decimal, Decimal]:
-        """Dollars per million input and output tokens; local tokens have no price here."""
-        return (
-            (Decimal(0), Decimal(0))
-            if self.target is None
-            else (self.target.usd_per_m_input, self.target.usd_per_m_output)
-        )
-
-    @property
     def priced(self) -> bool:
-        return any(self.prices)
+        return not self.price.free
 
     def available(self, now_s: float) -> bool:
         return breakers.allows(self.breaker, now_s)

@@ -48,7 +48,6 @@ UNHEEDED = {
     "quality.tiers[].": "spec.quality.tiers",
     "gateway.budgetStore.": "spec.gateway.budgetStore",
     "fallback.targets[].limits.": "spec.fallback.targets[0].limits",
-    "fallback.targets[].price.cached": "spec.fallback.targets[0].price.cachedInputUsdPerMTokens",
     "monitoring.dashboards": "spec.monitoring.dashboards",
 }
 """Leaves that nothing acts on in this version, and the field that condition Accepted names: see

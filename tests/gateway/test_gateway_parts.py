@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from decimal import Decimal
 from typing import Any
 
 import openai
@@ -211,4 +210,4 @@ async def test_many_streams_at_once_leave_nothing_behind() -> None:
         gateway = client.server.gateway
         assert gateway.calls == {}
         assert gateway.upstreams["r0"].ledger.counts(0.0) == (0, 0, 0)
-        assert gateway.upstreams["r0"].prices == (Decimal(0), Decimal(0))
+        assert gateway.upstreams["r0"].price.free

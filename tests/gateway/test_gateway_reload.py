@@ -278,7 +278,7 @@ async def test_a_target_keeps_what_was_learned_unless_it_is_another_model(tmp_pa
         dearer = config(local, api, price=("1", "1"))
         await gateway.put(dearer)
         repriced = gateway.client.server.gateway.upstreams["t0"]
-        assert repriced.prices == (Decimal(1), Decimal(1))
+        assert (repriced.price.input_usd_per_m, repriced.price.output_usd_per_m) == (1, 1)
         assert repriced.estimate == learned.estimate
         (target,) = dearer.targets
         await gateway.put(dearer.model_copy(update={"targets": (target.model_copy(update={"model": "new"}),)}))
