@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib import resources
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from moe_planner.facts import (
     UNSOURCED,
@@ -16,11 +16,13 @@ from moe_planner.facts import (
     Attention,
     Bias,
     CatalogInvalid,
+    Cut,
     EngineFacts,
     Figure,
     Form,
     KvGroup,
     ModelFacts,
+    Other,
     Precision,
     QkNorm,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "Form",
     "KvGroup",
     "ModelFacts",
+    "Other",
     "Precision",
     "build",
     "digest",
@@ -45,6 +48,8 @@ __all__ = [
     "parse",
     "toml",
 ]
+
+Entry = TypeVar("Entry", KvGroup, Other)
 
 FILES = ("models.toml", "accelerators.toml", "engine.toml")
 MIB = 2**20
@@ -227,19 +232,36 @@ def _model(key: str, entries: Mapping[str, Any], precisions: Mapping[str, Precis
         raise CatalogInvalid(
             f"{where}.dense_layers", f"{values['dense_layers']} of {values['layers']} leave no experts"
         )
-    for group in values.get("kv", ()):
-        for name, value in group.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (name in POSITIVE and not value):
-                raise CatalogInvalid(f"{where}.kv", f"{name} must be a whole number, not negative")
-    try:
-        values["kv"] = tuple(KvGroup(**group) for group in values.get("kv", ()))
-    except TypeError as error:
-        raise CatalogInvalid(f"{where}.kv", str(error)) from None
+    values["kv"] = tuple(_entries(f"{where}.kv", KvGroup, values.get("kv", ())))
+    values["others"] = tuple(_entries(f"{where}.others", Other, values.get("others", ())))
     return ModelFacts(key=key, figures=figures, **values)
 
 
 POSITIVE = ("layers", "heads", "every", "window", "hidden", "head_dim", "experts", "topk", "vocab", "max_context")
 """Figures that other figures are divided by, or without which there is no model."""
+
+
+def _entries(where: str, kind: Callable[..., Entry], groups: Sequence[Mapping[str, Any]]) -> Iterator[Entry]:
+    """Entries of a list of tables: whole numbers, but for the words of `others`. Raises CatalogInvalid."""
+    for group in groups:
+        for name, value in group.items():
+            if kind is Other and name in WORDS:
+                if not isinstance(value, str) or (WORDS[name] and value not in WORDS[name]):
+                    raise CatalogInvalid(where, f"{name} must be one of {', '.join(WORDS[name]) or 'texts'}")
+            elif not _whole(value) or (name in POSITIVE and not value):
+                raise CatalogInvalid(where, f"{name} must be a whole number, not negative")
+        try:
+            yield kind(**group)
+        except TypeError as error:
+            raise CatalogInvalid(where, str(error)) from None
+
+
+WORDS: Mapping[str, tuple[str, ...]] = {"name": (), "form": get_args(Form), "cut": get_args(Cut)}
+"""Words in an entry of `others`, and what they may be."""
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
 def _wrong(name: str, kind: str, value: Any) -> str | None:

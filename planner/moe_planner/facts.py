@@ -55,6 +55,21 @@ class KvGroup:
     state: int = 0  # elements that a sequence keeps whatever its length
 
 
+Cut = Literal["expert", "tensor", "kv", "none"]
+"""What divides a part between ranks: the expert parallel group, the tensor parallel group, that group as far as there
+are key-value heads, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Parameters of all layers together that the shapes below do not tell: recurrent layers, gates, further norms."""
+
+    name: str
+    params: int
+    form: Form = "linear"
+    cut: Cut = "tensor"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelFacts:
     """A model's published configuration. Parameters in thousand millions, contexts in tokens. Equal only to itself."""
@@ -83,7 +98,7 @@ class ModelFacts:
     o_lora_rank: int = 0
     index_heads: int = 0
     index_dim: int = 0
-    linear_layers: int = 0
+    linear_layers: int = 0  # without attention of the shapes above: a recurrent state, or what `others` counts
     linear_key_heads: int = 0
     linear_value_heads: int = 0
     linear_head_dim: int = 0
@@ -91,6 +106,8 @@ class ModelFacts:
     shared_experts: int = 0
     shared_intermediate: int = 0
     dense_intermediate: int = 0
+    expert_matrices: int = 3  # gate, up and down; 2 without a gate
+    layer_norms: int = 2  # of a layer, as wide as the model
     tied_embeddings: bool = False
     qk_norm: QkNorm = "none"
     attention_bias: Bias = "none"
@@ -101,6 +118,7 @@ class ModelFacts:
     checkpoint_gb: float | None = None
     kv_dtype: str = "bfloat16"
     kv: tuple[KvGroup, ...] = ()
+    others: tuple[Other, ...] = ()
     figures: Mapping[str, Figure] = field(repr=False)
 
     @property

@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Literal
 
 from moe_planner.catalog import Form, ModelFacts, Precision
-
-Cut = Literal["expert", "tensor", "kv", "none"]
-"""What divides a part between ranks: the expert parallel group, the tensor parallel group, that group as far as there
-are key-value heads, or nothing."""
+from moe_planner.facts import Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +49,14 @@ def parts(model: ModelFacts) -> tuple[Part, ...]:
     shared = m.shared_intermediate or m.shared_experts * m.moe_intermediate
     embedding = m.vocab * h
     found = [
-        Part("experts", m.moe_layers * m.experts * 3 * h * m.moe_intermediate, "experts", "expert"),
-        Part("shared experts", m.moe_layers * 3 * h * shared, "linear", "tensor"),
-        Part("dense layers", m.dense_layers * 3 * h * m.dense_intermediate, "linear", "tensor"),
+        Part("experts", m.moe_layers * m.experts * m.expert_matrices * h * m.moe_intermediate, "experts", "expert"),
+        Part("shared experts", m.moe_layers * m.expert_matrices * h * shared, "linear", "tensor"),
+        Part("dense layers", m.dense_layers * m.expert_matrices * h * m.dense_intermediate, "linear", "tensor"),
         Part("router", m.moe_layers * _router(m), "rest", "none"),
-        Part("norms", (2 * m.layers + 1) * h + _attention_norms(m), "rest", "none"),
+        Part("norms", (m.layer_norms * m.layers + 1) * h + _attention_norms(m), "rest", "none"),
         Part("embeddings", embedding, "rest", "tensor", layered=False),
         *_attention(m),
+        *(Part(other.name, other.params, other.form, other.cut) for other in m.others),
     ]
     if m.expert_bias:
         biases = m.moe_layers * m.experts * (2 * m.moe_intermediate + h)
@@ -86,7 +83,8 @@ def _attention_norms(m: ModelFacts) -> int:
         each = {"none": 0, "head": 2 * m.head_dim, "full": (m.heads + m.kv_heads) * m.head_dim}[m.qk_norm]
     qkv = (m.heads + 2 * m.kv_heads) * m.head_dim
     each += {"none": 0, "qkv": qkv, "all": qkv + m.hidden}[m.attention_bias]
-    delta = 2 * m.linear_value_heads + m.linear_head_dim  # decay, its step, and the norm of the output
+    # Of a delta net: decay, its step, and the norm of the output.
+    delta = 2 * m.linear_value_heads + m.linear_head_dim if m.attention == "deltanet" else 0
     return layers * (each + m.heads * m.attention_sinks) + m.linear_layers * delta
 
 
@@ -99,7 +97,7 @@ def _attention(m: ModelFacts) -> list[Part]:
         case "deltanet":
             return _delta_net(m)
         case "gqa":
-            return _grouped(m, m.layers)
+            return _grouped(m, m.layers - m.linear_layers)
 
 
 def _grouped(m: ModelFacts, layers: int, gates: int = 1) -> list[Part]:
@@ -112,6 +110,7 @@ def _grouped(m: ModelFacts, layers: int, gates: int = 1) -> list[Part]:
 
 def _latent(m: ModelFacts) -> list[Part]:
     """Multi-head latent attention (DeepSeek-V2 paper, section 2.1); head_dim is nope + rope."""
+    layers = m.layers - m.linear_layers
     nope = m.head_dim - m.rope_dim
     value = m.v_head_dim or nope
     if m.q_lora_rank:
@@ -122,9 +121,9 @@ def _latent(m: ModelFacts) -> list[Part]:
     latent = down + m.hidden * (m.kv_lora_rank + m.rope_dim)
     indexer = m.q_lora_rank * m.index_heads * m.index_dim + m.hidden * (m.index_heads + m.index_dim)
     return [
-        Part("attention", m.layers * heads, "linear", "tensor"),
-        Part("latent projections", m.layers * latent, "linear", "none"),
-        Part("indexer", m.layers * indexer if m.index_heads else 0, "linear", "none"),
+        Part("attention", layers * heads, "linear", "tensor"),
+        Part("latent projections", layers * latent, "linear", "none"),
+        Part("indexer", layers * indexer if m.index_heads else 0, "linear", "none"),
     ]
 
 
