@@ -152,6 +152,16 @@ GATEWAY_CONFIG_LOADED = _gauge(
     ("deployment",),
     "1 while the configuration file is in force, 0 while the newest one is refused and the one before goes on",
 )
+_GEN_AI = ("deployment", "gen_ai_provider_name", "gen_ai_request_model")
+GEN_AI_DURATION = _histogram(
+    "gen_ai_server_request_duration_seconds", _GEN_AI, "As moestack_gateway_request_seconds, by provider and model"
+)
+GEN_AI_TTFT = _histogram(
+    "gen_ai_server_time_to_first_token_seconds", _GEN_AI, "As moestack_gateway_ttft_seconds, by provider and model"
+)
+GEN_AI_ITL = _histogram(
+    "gen_ai_server_time_per_output_token_seconds", _GEN_AI, "As moestack_gateway_itl_seconds, by provider and model"
+)
 
 # Exported by the tuner.
 TUNER_DECISIONS = _counter(

@@ -14,6 +14,7 @@ from moe_gateway.proxy import route
 from moe_gateway.responder import Message, Receive, Responder, Send
 from moe_gateway.state import Gateway
 from moe_gateway.tiers import check_arguments, tier_from
+from moe_gateway.tracing import onward
 from moe_gateway.upstream import Rejected
 
 PREFIX = "/v1"
@@ -25,6 +26,10 @@ _NOT_SERVED = {
 }
 """Calls that the engine would answer and the gateway does not pass: what to use instead."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+PROMPTS = ("messages", "input", "prompt")
+"""Where calls have their prompt."""
 
 
 class ClientGone(Exception):
@@ -67,6 +72,11 @@ class App:
             raise RuntimeError("a request is served outside a task")
         call = self._gateway.begin(request_id, task)
         call.endpoint = endpoint.value
+        tracing = self._gateway.tracing
+        if tracing is not None:
+            call.trace = tracing.begin(call, endpoint.value, headers)
+        else:
+            call.traceparent = onward(headers)
         try:
             await self._gateway.access.enter(call, headers, self._gateway.client, out)
             call.tier = tier_from(self._gateway.config, headers, call.tenant)
@@ -91,6 +101,8 @@ class App:
             await out.error(ApiError(500, "internal error of the gateway", kind="server_error", code="internal_error"))
         finally:
             self._gateway.end(call)
+            if tracing is not None and call.trace is not None:
+                tracing.end(call.trace, call)
 
     async def _answer(
         self, endpoint: Endpoint, headers: dict[bytes, bytes], receive: Receive, out: Responder, call: Call
@@ -105,7 +117,9 @@ class App:
             raise ApiError(404, message, code="model_not_found", param="model")
         check_arguments(request, call.tier, ours=any(upstream.ours for upstream in gateway.fleet.revisions))
         gateway.access.charge(call, gateway.fleet.prompt_tokens(len(request.raw)) + (request.output_limit or 0), out)
-        call.stream = request.stream
+        call.model, call.stream = request.model, request.stream
+        if gateway.config.log_prompts:
+            call.prompt = next((request.document[name] for name in PROMPTS if name in request.document), None)
         call.enter(Phase.DECIDING, gateway.clock.monotonic())
         watch = asyncio.create_task(_watch(receive, call, out))
         try:

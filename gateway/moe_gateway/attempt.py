@@ -113,6 +113,7 @@ class Attempt:
             request_id=self._call.request_id,
             tier=self._call.tier,
             output_cap=limits.spill_output_tokens,
+            traceparent=self._call.traceparent,
         )
         return self._response
 

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
+from typing import Any
 
 from moe_core.spill import Blocked, Forecast, Reason
 
@@ -49,6 +50,15 @@ class Call:
     arrived_s: float
     task: asyncio.Task[object]
     endpoint: str = ""
+    model: str = ""
+    provider: str | None = None
+    """Who answers: gen_ai.provider.name."""
+    prompt: object = None
+    """What was asked, only where the configuration wants prompts in the log."""
+    trace: Any = None
+    """Its span, where traces are made."""
+    traceparent: str | None = None
+    """What names the trace to our own engine."""
     stream: bool = False
     phase: Phase = Phase.RECEIVING
     since_s: float = 0.0

@@ -11,6 +11,7 @@ from moe_gateway.call import Call, Outcome
 from moe_gateway.openai_api import ApiError, ApiRequest
 from moe_gateway.responder import Responder
 from moe_gateway.state import Gateway
+from moe_gateway.tracing import provider_of
 from moe_gateway.upstream import Fault, Rejected, Upstream, UpstreamFailed
 
 _NOT_THE_MODELS_WORD = frozenset({Fault.REFUSED, Fault.TIMEOUT, Fault.OVERLOADED})
@@ -53,7 +54,7 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             elsewhere=partial(_may_go_on, gateway, request, call, reached, then),
         )
         try:
-            await attempt.run(reservation)
+            await _run(gateway, call, upstream, attempt, reservation)
             return
         except UpstreamFailed as error:
             faults.append(error)
@@ -73,6 +74,29 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             if upstream.local or gateway.foresee(request, call, frozenset(tried), failure).action is not Action.LOCAL:
                 raise
             rejected = error
+
+
+async def _run(gateway: Gateway, call: Call, upstream: Upstream, attempt: Attempt, reservation: str) -> None:
+    """Run an attempt, in a span of its own where traces are made."""
+    tracing, trace = gateway.tracing, call.trace
+    if tracing is None or trace is None:
+        await attempt.run(reservation)
+        return
+    call.provider = provider_of(upstream.target)
+    span = tracing.attempt(trace, call, upstream.name, upstream.target)
+    call.traceparent = tracing.traceparent(span)
+    error: str | None = "cancelled"
+    try:
+        await attempt.run(reservation)
+        error = call.error if call.outcome is Outcome.CUT else None
+    except UpstreamFailed as failed:
+        error = failed.fault.value
+        raise
+    except Rejected as rejected:
+        error = str(rejected.status)
+        raise
+    finally:
+        tracing.attempt_ended(span, error)
 
 
 def _may_go_on(

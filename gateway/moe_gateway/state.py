@@ -42,6 +42,7 @@ from moe_gateway.fleet import Fleet, renew
 from moe_gateway.openai_api import ApiRequest, prompt_bound
 from moe_gateway.retries import Retries
 from moe_gateway.telemetry import Telemetry
+from moe_gateway.tracing import Tracing
 from moe_gateway.upstream import Upstream
 from moe_gateway.weights import in_force
 from moe_gateway.wire import Wire
@@ -62,7 +63,9 @@ class Gateway:
         self.verifier = Verifier(config.trusted_keys)
         self.access = Access(config.auth, clock)
         self.retries = Retries(clock)
+        self.tracing = None if config.tracing is None else Tracing(config.tracing, config.deployment)
         self.telemetry = Telemetry(config.deployment, config.slo, self.fleet, self.log)
+        self.telemetry.log_ok_share = config.log_ok_share
         path = None if config.state_dir is None else Path(config.state_dir) / "budget.sqlite"
         self.budget = Budget(path, config.spill.usd_per_day, clock)
         self.spill = SpillState()
@@ -95,6 +98,8 @@ class Gateway:
             await self._client.close()
         if self._wire is not None:
             self._wire.close()
+        if self.tracing is not None:
+            await self.tracing.close()
         await self.budget.close()
 
     # Requests in flight
@@ -259,9 +264,19 @@ class Gateway:
         self.verifier = Verifier(config.trusted_keys)
         self.config, self.config_hash = config, config_hash
         self.telemetry.follow(self.fleet, config.slo)
+        self.telemetry.log_ok_share = config.log_ok_share
+        await self._follow_tracing(config)
         self._follow_weights()
         self.log.info("configuration in force", hash=config_hash)
         await self.budget.limit(config.spill.usd_per_day)
+
+    async def _follow_tracing(self, config: GatewayConfig) -> None:
+        """Make traces as configured. Requests in flight end their spans where they began."""
+        before = self.tracing
+        if config.tracing != (None if before is None else before.config):
+            self.tracing = None if config.tracing is None else Tracing(config.tracing, config.deployment)
+            if before is not None:
+                await before.close()
 
     def config_refused(self, why: str | None) -> None:
         """Remember that the newest configuration file cannot be served, or with None that it is in force."""

@@ -18,6 +18,8 @@ from moe_core.log import Log
 from moe_core.wire import GatewayDigest, TargetDigest
 from moe_gateway.call import Call, Outcome
 from moe_gateway.fleet import Fleet
+from moe_gateway.gen_ai import GenAiCollector
+from moe_gateway.tracing import provider_of
 
 WINDOW_MAX_S = 300.0
 EVENTS_MAX = 200_000
@@ -55,6 +57,12 @@ def slo_met(call: Call, slo: SloConfig, duration_s: float) -> bool | None:
     return call.ttft_s <= slo.ttft_p95_s and (call.itl_s is None or call.itl_s <= slo.itl_p95_s)
 
 
+def sampled(number: int, share: float) -> bool:
+    """Whether the request of this number is among the share that is shown: multiples of the golden ratio fill [0, 1)
+    evenly, so any run of requests has its share."""
+    return share >= 1 or number * 0.6180339887498949 % 1 < share
+
+
 class Telemetry:
     """Counters and windows of one gateway. `now_s` is monotonic throughout."""
 
@@ -64,10 +72,13 @@ class Telemetry:
         self._log = log
         self._fleet = Fleet()
         self.registry = registry = CollectorRegistry()
+        self.log_ok_share = 1.0
         self._requests = table.counter(table.GATEWAY_REQUESTS, registry)
         self._ttft = table.histogram(table.GATEWAY_TTFT, registry)
         self._itl = table.histogram(table.GATEWAY_ITL, registry)
         self._duration = table.histogram(table.GATEWAY_DURATION, registry)
+        sources = {table.GEN_AI_DURATION: self._duration, table.GEN_AI_TTFT: self._ttft, table.GEN_AI_ITL: self._itl}
+        registry.register(GenAiCollector(sources, self._provider_and_model))
         self._in_flight = table.gauge(table.GATEWAY_IN_FLIGHT, registry)
         self._spilled = table.counter(table.GATEWAY_SPILLED, registry)
         self._shed = table.counter(table.GATEWAY_SHED, registry)
@@ -164,7 +175,14 @@ class Telemetry:
         self._prompt.labels(deployment, target).inc(call.prompt_tokens)
         self._output.labels(deployment, target).inc(call.output_tokens)
 
+    def _provider_and_model(self, name: str) -> tuple[str, str]:
+        upstream = next((one for one in self._fleet.all if one.name == name), None)
+        target = None if upstream is None else upstream.target
+        return provider_of(target), "" if target is None else target.model
+
     def _log_line(self, call: Call, target: str, outcome: Outcome, duration_s: float) -> None:
+        if outcome is Outcome.OK and not sampled(call.id, self.log_ok_share):
+            return
         forecast = call.forecast
         fields = {
             "request_id": call.request_id,
@@ -173,8 +191,11 @@ class Telemetry:
             "tenant": call.tenant,
             "key_id": call.key_id,
             "tier": call.tier,
+            "model": call.model or None,
+            "prompt": call.prompt,
             "target": target,
             "reason": call.reason,
+            "spilled": call.spilled,
             "blocked": call.blocked,
             "outcome": outcome.value,
             "status": call.status,

@@ -118,6 +118,7 @@ async def send(
     request_id: str,
     tier: str,
     output_cap: int,
+    traceparent: str | None = None,
 ) -> Response:
     """Send a request and wait for the answer's status and headers.
 
@@ -130,6 +131,8 @@ async def send(
         body = upstream.adapter.body(request, output_cap if upstream.priced else None)
         path = upstream.adapter.path(request)
         headers |= upstream.adapter.headers(None if upstream.key is None else upstream.key.value())
+    if traceparent is not None and upstream.local:
+        headers["traceparent"] = traceparent
     try:
         response = await wire.post(upstream.base_url + path, body, headers)
     except ConnectFailed as error:
