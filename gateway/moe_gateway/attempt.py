@@ -7,7 +7,7 @@ the answer belongs to this upstream: a failure becomes one error event, the last
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 
 import orjson
@@ -65,6 +65,7 @@ class Attempt:
         self._sent_s = 0.0
         self._first_s: float | None = None
         self._last_s = 0.0
+        self._unsent: Awaitable[None] | None = None
 
     async def run(self, reservation: str) -> None:
         """Answer the client from this upstream. Raises UpstreamFailed or Rejected while nothing has been answered."""
@@ -248,24 +249,22 @@ class Attempt:
 
     async def _pass_on(self, response: Response) -> str | None:
         """Everything after the head. None for a whole stream, else what broke it."""
-        scanner, call, clock, out = self._scanner, self._call, self._clock, self._out
+        scanner, call, clock = self._scanner, self._call, self._clock
         while not scanner.done and not scanner.broken:
             call.enter(Phase.READING, clock.monotonic())
             try:
-                chunk = await response.readany()
+                ended = await response.pump(self._take)
             except _LOST:
                 if scanner.complete:
                     break
                 return "the connection to the model was lost"
-            seen = scanner.content_events
-            data = scanner.feed(chunk) if chunk else scanner.flush()
-            now_s = clock.monotonic()
-            if scanner.content_events > seen:
-                self._last_s = now_s
-            if data:
-                call.enter(Phase.SENDING, now_s)
-                await out.write(data)
-            if not chunk:
+            if ended and (tail := scanner.flush()):
+                self._unsent = self._out.write_soon(tail)
+            if self._unsent is not None:
+                call.enter(Phase.SENDING, clock.monotonic())
+                await self._unsent
+                self._unsent = None
+            if ended:
                 break
         if scanner.broken:
             return "the model sent an error" if scanner.error is not None else "the model sent a malformed event"
@@ -274,6 +273,18 @@ class Attempt:
         await self._out.finish()
         await _to_the_end(response)
         return None
+
+    def _take(self, chunk: bytes) -> bool:
+        """Pass on what has come. False where the client must read first, or nothing more is wanted."""
+        scanner, now_s = self._scanner, self._clock.monotonic()
+        seen = scanner.content_events
+        data = scanner.feed(chunk)
+        self._call.since_s = now_s
+        if scanner.content_events > seen:
+            self._last_s = now_s
+        if data:
+            self._unsent = self._out.write_soon(data)
+        return self._unsent is None and not scanner.done and not scanner.broken
 
     async def _break_off(self, error: ApiError) -> None:
         try:

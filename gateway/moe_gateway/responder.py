@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, MutableMapping
+from functools import partial
 from typing import Any
 
 from moe_gateway.openai_api import ApiError
@@ -34,6 +35,16 @@ class Responder:
     async def write(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
+    def write_soon(self, data: bytes) -> Awaitable[None] | None:
+        """Send at once, outside any task. None where that was done; else the client reads slowly, and the rest of the
+        sending is to be awaited before anything else is sent."""
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": True}).__await__()
+        try:
+            waits_for = next(sending)
+        except StopIteration:
+            return None
+        return _Rest(sending, waits_for)
+
     async def finish(self, data: bytes = b"") -> None:
         self.finished = True
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
@@ -58,3 +69,25 @@ class Responder:
         if error.close:
             headers.append((b"connection", b"close"))
         await self.whole(error.status, b"application/json", error.body(), headers)
+
+
+class _Rest:
+    """What is left of a sending that was begun outside a task and came to wait for something."""
+
+    def __init__(self, sending: Generator[Any, Any, None], waits_for: object) -> None:
+        self._sending = sending
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waits_for = self._waits_for
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as error:
+                step = partial(self._sending.throw, error)
+            else:
+                step = partial(self._sending.send, value)
+            try:
+                waits_for = step()
+            except StopIteration:
+                return

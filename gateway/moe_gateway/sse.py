@@ -41,6 +41,8 @@ class SseScanner:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take a chunk; return every whole event that is now complete."""
+        if not self._buffer and chunk.startswith(b"data: {") and chunk.endswith(b"}\n\n") and chunk.count(b"\n") == 2:
+            return self._single(chunk)
         data = self._buffer + chunk if self._buffer else chunk
         unix, dos = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
         end = max(unix + 2 if unix >= 0 else 0, dos + 4 if dos >= 0 else 0)
@@ -49,6 +51,17 @@ class SseScanner:
             self.malformed = True
             return b""
         return self._read(data[:end]) if end else b""
+
+    def _single(self, event: bytes) -> bytes:
+        """One whole event of one line, which is what nearly every chunk of a stream is."""
+        if self.broken:
+            return b""
+        try:
+            document = orjson.loads(event[6:])
+        except orjson.JSONDecodeError:
+            self.malformed = True
+            return b""
+        return event if self._object(document) else b""
 
     def flush(self) -> bytes:
         """At the end of the upstream's bytes: the last event, if it only lacks its blank line."""
@@ -88,6 +101,10 @@ class SseScanner:
         except orjson.JSONDecodeError:
             self.malformed = True
             return False
+        return self._object(document)
+
+    def _object(self, document: object) -> bool:
+        """Look at the data of one event; False where it is not to be sent on."""
         if not isinstance(document, dict):
             self.malformed = True
             return False
@@ -100,7 +117,7 @@ class SseScanner:
         kind = document.get("type")
         if isinstance(kind, str):
             self._response_event(kind, document)
-        usage = read_usage(document)
+        usage = read_usage(document) if document.get("usage") is not None else None
         if usage is not None:
             self.usage = usage
         choices = document.get("choices")
@@ -112,7 +129,7 @@ class SseScanner:
             if choice.get("finish_reason") is not None:
                 self.finished = True
             delta = choice.get("delta")
-            if choice.get("text") or (isinstance(delta, dict) and any(delta.get(name) for name in _CONTENT_FIELDS)):
+            if choice.get("text") or (isinstance(delta, dict) and _has_content(delta)):
                 self.content_events += 1
         return True
 
@@ -125,6 +142,11 @@ class SseScanner:
             self.error = document
         elif kind.startswith("response.") and kind.endswith(".delta"):
             self.content_events += 1
+
+
+def _has_content(delta: dict[str, Any]) -> bool:
+    # Asked first of what nearly every event has.
+    return bool(delta.get("content")) or any(delta.get(name) for name in _CONTENT_FIELDS)
 
 
 def _event_end(data: bytes, start: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -62,6 +62,12 @@ class Response:
         """What has come of the body and was not read; waits for some. b"" at its end. Raises ConnectionLost."""
         return await self._connection.readany()
 
+    async def pump(self, take: Callable[[bytes], bool]) -> bool:
+        """Hand the body on piece by piece as it comes, with no task woken in between; `take` says whether it wants the
+        next. True at the body's end, False where `take` wanted no more. Raises ConnectionLost, and what `take` raises.
+        """
+        return await self._connection.pump(take)
+
     async def read(self, most: int) -> bytes:
         """The body, or the first `most` bytes of it. Raises ConnectionLost."""
         parts, size = [], 0
@@ -102,6 +108,9 @@ class _Connection(asyncio.Protocol):
         self._size = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[bytes], bool] | None = None
+        self._wanted = True
+        self._raised: Exception | None = None
 
     # The exchange
 
@@ -134,6 +143,26 @@ class _Connection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             await self._wait()
+        return self._taken()
+
+    async def pump(self, take: Callable[[bytes], bool]) -> bool:
+        self._wanted = True
+        if self._parts and not take(self._taken()):
+            return False
+        self._take = take
+        try:
+            while self._wanted and not self._ended:
+                if self._error is not None:
+                    raise self._error
+                await self._wait()
+        finally:
+            self._take = None
+        if self._raised is not None:
+            raise self._raised
+        return self._wanted
+
+    def _taken(self) -> bytes:
+        """What has come and was not read."""
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
         self._size = 0
@@ -141,6 +170,14 @@ class _Connection(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
         return data
+
+    def _push(self, take: Callable[[bytes], bool]) -> None:
+        try:
+            self._wanted = take(self._taken())
+        except Exception as error:
+            self._raised, self._wanted = error, False
+        if not self._wanted:
+            self._take = None
 
     def release(self) -> None:
         """The answer is not wanted any more: keep the connection where nothing of it is left, else close it."""
@@ -192,6 +229,10 @@ class _Connection(asyncio.Protocol):
             self._fail(f"not HTTP: {error}")
         if not self._headed and self._head_bytes > MAX_HEAD_BYTES:
             self._fail("the head of the answer is too large")
+        if self._take is not None and self._parts:
+            self._push(self._take)
+            if self._take is not None and not self._ended and self._error is None:
+                return
         if self._size > HIGH_WATER and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
