@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from moe_planner.prices import Price
+
 HOURS_PER_MONTH = 365 * 24 / 12
 """730: the month of cloud price lists."""
 SECONDS_PER_MONTH = HOURS_PER_MONTH * 3600
@@ -100,7 +102,8 @@ def input_usd_per_m(tariff: Tariff, cached_share: float) -> float:
 
 
 def request_usd(tariff: Tariff, workload: Workload) -> float:
-    """Dollars of a mean request from an API."""
+    """Dollars of a mean request from an API; a long context may cost more."""
+    tariff = tariff.at(workload.input_tokens) if isinstance(tariff, Price) else tariff
     check_tariff(tariff)
     reading = workload.input_tokens * input_usd_per_m(tariff, workload.cached_share)
     return (reading + workload.output_tokens * tariff.output_usd_per_m) / MILLION

@@ -8,6 +8,7 @@ import pytest
 
 from moe_planner import kv, prices, weights
 from moe_planner.catalog import FILES, UNSOURCED, CatalogInvalid, packaged, parse
+from moe_planner.cost import Workload, request_usd
 from moe_planner.weights import Layout
 
 GIB, GB = 2**30, 10**9
@@ -213,6 +214,30 @@ def test_prices_have_a_source_and_a_day() -> None:
     assert all(figure.sourced and figure.date for known in found.values() for figure in known.figures.values())
     opus = found["claude-opus-4.7"]
     assert opus.cached_usd_per_m == pytest.approx(0.1 * opus.input_usd_per_m), "90 % off cached reads"
+
+
+# Of the mission's closed models: input, output, cached input, in USD for 10^6 tokens, as genai-prices 0.2.3 has them.
+TARGETS = {
+    "gpt-5.5": (5.0, 30.0, 0.5), "claude-opus-4.7": (5.0, 25.0, 0.5), "gemini-3-pro": (2.0, 12.0, 0.2),
+    "gemini-3.1-pro": (2.0, 12.0, 0.2), "gpt-5.4": (2.5, 15.0, 0.25), "claude-haiku-4.5": (1.0, 5.0, 0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_prices_of_the_usual_targets(name: str) -> None:
+    found = prices.packaged()[name]
+    assert (found.input_usd_per_m, found.output_usd_per_m, found.cached_usd_per_m) == TARGETS[name]
+
+
+def test_a_long_context_costs_more_from_its_threshold_on() -> None:
+    gpt, opus = prices.packaged()["gpt-5.5"], prices.packaged()["claude-opus-4.7"]
+    assert gpt.at(272_000) is gpt
+    long = gpt.at(272_001)
+    assert (long.input_usd_per_m, long.output_usd_per_m, long.cached_usd_per_m) == (10.0, 45.0, 1.0)
+    assert opus.at(900_000) is opus
+    short, above = (request_usd(gpt, Workload("x", tokens, 1000)) for tokens in (272_000, 272_001))
+    assert above == pytest.approx(272_001 * 10e-6 + 1000 * 45e-6)
+    assert short == pytest.approx(272_000 * 5e-6 + 1000 * 30e-6)
 
 
 def test_every_figure_has_a_source_and_a_day_or_is_marked() -> None:

@@ -143,13 +143,33 @@ PRICES: dict[str, tuple[str, str, str]] = {
     "a missing price": ("output_usd_per_m = 0.4\n", "", "house.output_usd_per_m: is missing"),
     "no provider": ('provider = "house"\n', "", "house.provider: is missing"),
     "an unknown figure": ("input_usd_per_m = 0.2", "input_usd_per_m = 0.2\nvat = 1", "house.vat: is not known"),
+    "no source": ('source = "our contract"\ndate = "2026-11-20"\n', "", "house: has no source"),
+    "a price of infinity": (
+        "input_usd_per_m = 0.2",
+        "input_usd_per_m = inf",
+        "house.input_usd_per_m: must be an amount",
+    ),
+    "a price of a word": ("input_usd_per_m = 0.2", 'input_usd_per_m = "2"', "house.input_usd_per_m: must be an amount"),
+    "a provider that is a number": ('provider = "house"', "provider = 1", "house.provider: must be a name"),
+    "a long context without its start": (
+        "input_usd_per_m = 0.2",
+        "input_usd_per_m = 0.2\nlong_input_usd_per_m = 1",
+        "house.long_from_tokens: is missing",
+    ),
+    "a negative long price": (
+        "input_usd_per_m = 0.2",
+        "input_usd_per_m = 0.2\nlong_from_tokens = 9\nlong_input_usd_per_m = -1\nlong_output_usd_per_m = 1",
+        "house.long_input_usd_per_m: must be an amount",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PRICES)
 def test_a_wrong_price_is_named(name: str, tmp_path: Path) -> None:
     old, new, words = PRICES[name]
-    (tmp_path / "mine.toml").write_text(changed(old, new))
+    own = MINE[MINE.index("[prices.house]") :]
+    assert old in own
+    (tmp_path / "mine.toml").write_text(own.replace(old, new, 1))
     with pytest.raises(CatalogInvalid) as caught:
         overlay.load_prices([tmp_path / "mine.toml"])
     assert str(caught.value).startswith("mine.toml: ")
