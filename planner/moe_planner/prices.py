@@ -38,9 +38,14 @@ class Price:
         """The price of a request with so much input."""
         if self.long_from_tokens is None or input_tokens <= self.long_from_tokens:
             return self
-        amounts = {"input": self.long_input_usd_per_m, "output": self.long_output_usd_per_m}
-        found = {f"{name}_usd_per_m": amount for name, amount in amounts.items() if amount is not None}
-        return replace(self, cached_usd_per_m=self.long_cached_usd_per_m, long_from_tokens=None, **found)
+        fresh, written = self.long_input_usd_per_m, self.long_output_usd_per_m
+        return replace(
+            self,
+            input_usd_per_m=self.input_usd_per_m if fresh is None else fresh,
+            output_usd_per_m=self.output_usd_per_m if written is None else written,
+            cached_usd_per_m=self.long_cached_usd_per_m,
+            long_from_tokens=None,
+        )
 
 
 @cache
