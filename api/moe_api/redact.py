@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 _SECRET_NAMES = re.compile(r"(api[-_]?key|authorization|secret|token|password|credential)$", re.IGNORECASE)
@@ -14,6 +15,7 @@ _SECRET_VALUES = re.compile(
 REDACTED = "[redacted]"
 
 
+@lru_cache(maxsize=1024)  # a log line asks for the same two dozen names, for every request
 def secret_name(name: str) -> bool:
     """Whether a field of this name holds a secret by its name alone."""
     return bool(_SECRET_NAMES.search(name))

@@ -7,7 +7,10 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TextIO
+
+import orjson
 
 from moe_api.redact import REDACTED as REDACTED  # noqa: PLC0414 - exported from here
 from moe_api.redact import redact as redact  # noqa: PLC0414
@@ -48,9 +51,8 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per record: time (RFC 3339, UTC), level, logger, msg, then the bound fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
-            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "msg": redact(record.getMessage()),
@@ -58,7 +60,15 @@ class JsonFormatter(logging.Formatter):
         line.update(redact(getattr(record, "moe_fields", {})))
         if record.exc_info:
             line["exception"] = redact(self.formatException(record.exc_info))
-        return json.dumps(line, default=str, ensure_ascii=False)
+        try:
+            return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        except TypeError:  # an integer beyond 64 bits, or half a surrogate pair
+            return json.dumps(line, default=str)
+
+
+@lru_cache(maxsize=4)
+def _second(unix_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_s))
 
 
 def get_log(name: str, **fields: object) -> Log:

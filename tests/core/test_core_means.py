@@ -220,7 +220,7 @@ def test_metric_names_follow_prometheus_conventions() -> None:
     names = [metric.name for metric in metrics.ALL]
     assert len(names) == len(set(names))
     for metric in metrics.ALL:
-        assert metric.name.startswith("moestack_")
+        assert metric.name.startswith(("moestack_", "gen_ai_"))
         assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
         assert metric.help
 
