@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,6 +46,16 @@ def test_skew_touches_fewer_experts_and_every_token_has_its_k(
     assert sum(chances) == pytest.approx(topk)
     assert all(0 <= chance <= 1 for chance in chances)
     assert experts.touched(total, topk, tokens, skew) <= experts.touched(total, topk, tokens) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("total", "topk", "skew"), [(128, 8, 0.8), (256, 8, 0.6), (8, 2, 0.3), (16, 4, 1.2)])
+def test_tokens_that_draw_their_experts_pick_each_as_often_as_predicted(total: int, topk: int, skew: float) -> None:
+    """Gumbel noise on the logarithm of popularity, and the highest k: drawing one after another without repetition."""
+    rng = np.random.default_rng(0)
+    noisy = -skew * np.log(np.arange(1, total + 1)) + rng.gumbel(size=(20_000, total))
+    drawn = np.argpartition(-noisy, topk, axis=1)[:, :topk]
+    seen = np.bincount(drawn.ravel(), minlength=total) / len(noisy)
+    assert np.abs(np.array(experts.inclusion(total, topk, skew)) - seen).max() < 0.025
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,10 +1,9 @@
 """Expert load over time: how far the busiest rank is above the mean, how that drifts, and what capacity takes off.
 
 Popularity is a Zipf law over the experts in random order; it wanders (a random walk of its logarithm) and is drawn
-anew when the topic of the traffic switches. A token takes k of E experts without repetition, so expert e gets the share
-(1 − exp(−θ·p_e))/k of all slots, with θ such that they sum to 1 (successive sampling in its Poisson form). Experts lie
-on ranks in order, as vLLM places them without EPLB. The ups and downs of single steps are left out: at the batches
-where a rank's load matters they are small beside the skew.
+anew when the topic of the traffic switches. A token takes k of E experts without repetition: `moe_planner.experts` says
+how often each. Experts lie on ranks in order, as vLLM places them without EPLB. The ups and downs of single steps are
+left out: at the batches where a rank's load matters they are small beside the skew.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from decimal import Decimal
 import numpy as np
 
 from moe_core.wire import ExpertKnobs, Overflow
+from moe_planner.experts import picked
 from moe_planner.sim.invalid import Invalid
 from moe_planner.sim.workload import Floats
 
@@ -135,19 +135,7 @@ def load_over_time(experts: Experts, seconds: float, seed: int) -> ExpertLoad:
 
 def slot_shares(popularity: Floats, top_k: int) -> Floats:
     """Share of all slots that each expert gets, where every token takes `top_k` different ones."""
-    p = popularity / popularity.sum()
-    if top_k >= len(p):
-        return np.full(len(p), 1.0 / len(p))
-    low, high = 0.0, 1.0
-    while float((-np.expm1(-high * p)).sum()) < top_k and high < 1e12:
-        high *= 4.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if float((-np.expm1(-middle * p)).sum()) < top_k:
-            low = middle
-        else:
-            high = middle
-    taken = -np.expm1(-high * p)
+    taken = np.array(picked(popularity.tolist(), top_k))
     return np.asarray(taken / taken.sum())
 
 
