@@ -116,9 +116,20 @@ def drifts(segments: list[dict[str, Any]], engine: Engine) -> list[float]:
     return found
 
 
+def counts(segments: list[dict[str, Any]]) -> dict[str, int]:
+    """Tokens that the requests asked for, and that the engine's steps had: the last chunk of a prompt makes the first
+    output token, every other one is a decode. Preempted requests would be computed again: `stepped` is then more."""
+    rows = [row for segment in segments for row in segment["requests"]]
+    steps = [step for segment in segments for step in segment["steps"]]
+    return {
+        "asked": int(sum(row["input"] + row["output"] for row in rows)),
+        "stepped": int(sum(step["prompt"] + step["decodes"] for step in steps)) + len(rows),
+    }
+
+
 def compare(raw: dict[str, Any]) -> dict[str, Any]:
     """Fit on some loads, predict the others."""
-    segments = [s for s in raw["segments"] if s["requests"]]
+    segments = raw["segments"]
     steps = [step for s in segments if s["load"] in FITTED for step in s["steps"]]
     figures = fit(steps)
     limits: dict[str, Any] = {
@@ -153,6 +164,7 @@ def compare(raw: dict[str, Any]) -> dict[str, Any]:
         "fitted_loads": FITTED,
         "held_out_loads": HELD_OUT,
         "steps_fitted": len(steps),
+        "tokens": counts(segments),
         "drift": [round(min(drift), 3), round(max(drift), 3)],
         "engine_ms": {name[:-2]: round(value * 1e3, 5) for name, value in figures.items()},
         "loads": rows,

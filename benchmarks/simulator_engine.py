@@ -88,7 +88,7 @@ class SteadyClock:
 class Timed:
     """The engine, its clock, and what it scheduled in each step."""
 
-    def __init__(self, clock_name: str) -> None:
+    def __init__(self, clock_name: str, *, eager: bool = False) -> None:
         from vllm import LLM
 
         from moe_serving.tiny import cached_checkpoint
@@ -101,6 +101,7 @@ class Timed:
             max_num_seqs=MAX_SEQS,
             max_num_batched_tokens=MAX_TOKENS,
             disable_log_stats=True,
+            enforce_eager=eager,
         )
         self.llm, self.engine = llm, llm.llm_engine
         self.clock = WallClock() if clock_name == "wall" else SteadyClock()
@@ -158,8 +159,10 @@ class Timed:
 
 
 def poisson(rng: random.Random, rps: float, seconds: float) -> list[tuple[float, int, int]]:
-    at, out = 0.0, []
-    while (at := at + rng.expovariate(rps)) < seconds:
+    """Arrivals of so many seconds, a few at least."""
+    at = 0.0
+    out: list[tuple[float, int, int]] = []
+    while (at := at + rng.expovariate(rps)) < seconds or len(out) < 3:
         out.append((at, log_normal(rng, *INPUTS), log_normal(rng, *OUTPUTS)))
     return out
 
@@ -183,7 +186,7 @@ def main() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",
     }
-    timed = Timed(options.clock)
+    timed = Timed(options.clock, eager=options.quick)  # compiling takes longer than all of the quick form
     rng = random.Random(1)
     print("up; warming", file=sys.stderr, flush=True)
     timed.play([(0.0, n, 8) for n in (1, 8, 32, 64, 128, 200, 256, 300, 500) for _ in range(3)], "warm")
@@ -203,7 +206,7 @@ def main() -> None:
     for number in range(rounds):
         for load in LOADS:
             requests = poisson(rng, load * capacity, seconds)
-            seen = timed.play(requests, f"load{load}round{number}") if requests else {"requests": [], "steps": []}
+            seen = timed.play(requests, f"load{load}round{number}")
             document["segments"].append({"load": load, "round": number, **seen})
             print(f"round {number}, load {load}: {len(requests)} requests", file=sys.stderr, flush=True)
         options.out.write_text(json.dumps(document))  # each round, so that one that is cut short is of use

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -34,6 +35,20 @@ def test_startup() -> None:
     result = run("startup", "--runs", "1", "--warm-up", "0", "--only", "up")
     assert result["up_to_first_token_s"] > 0
     assert set(result) >= {"up_to_first_token_s", "over_bare_serve_run", "over_vllm_serve"}
+
+
+def test_simulator() -> None:
+    """Loads, fit and replay on the real engine; how large the errors are is the long form's business."""
+    result = run("simulator", "--quick")
+    assert result["requests_per_s"] > 0
+    assert result["tokens"]["asked"] == result["tokens"]["stepped"] > 0
+    assert set(result["loads"]) == {"0.3", "0.45", "0.6", "0.75"}
+    for load, row in result["loads"].items():
+        assert row["requests"] >= 3, load
+        assert all(math.isfinite(value) and value >= 0 for value in row.values()), load
+    for name in ("ttft_p95_error", "itl_p95_error"):
+        assert result[name] == max(result["loads"][load][name] for load in ("0.45", "0.75")), name
+    assert sum(result["engine_ms"].values()) > 0
 
 
 @pytest.mark.full
