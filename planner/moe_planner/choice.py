@@ -1,14 +1,16 @@
-"""Which layout, step size and context a replica gets: the first that fits, best first."""
+"""Which layout, step size and context a replica gets: of those that fit, the first in order or the one preferred."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_api.spec import MoEDeploymentSpec
-from moe_planner import layouts, memory
-from moe_planner.catalog import EngineFacts
+from moe_planner import layouts, memory, prefer
+from moe_planner.catalog import Catalog, EngineFacts
 from moe_planner.layouts import Impossible
 from moe_planner.memory import Ask, Memory
+from moe_planner.prefer import Room
+from moe_planner.search import Slo
 from moe_planner.weights import Layout
 
 ROUND_CONTEXT = 1024
@@ -25,27 +27,47 @@ class Choice:
     memory: Memory
     missing: float = 0.0
     capped: bool = False  # the context is shorter than the model's own, and nobody asked for that
+    why: str = ""  # why this layout and no other that fits
 
 
-def choose(spec: MoEDeploymentSpec, ask: Ask, engine: EngineFacts, gpus: int) -> Choice | Impossible:
-    """The best choice that fits; else the one of fewest stages that lacks least; or why the parallelism is impossible.
+def choose(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, gpus: int) -> Choice | Impossible:
+    """The layout that is launched: the preferred one of those that fit; else as `first` says.
+
+    Slices of experts never take the place of whole ones, whose load this project balances: they are a person's choice.
+    """
+    found = first(spec, ask, catalog.engine, gpus)
+    others = _layouts(spec, ask, gpus)
+    if isinstance(found, Impossible) or isinstance(others, Impossible) or found.missing > 0 or found.capped:
+        return found
+    fitting = [found]
+    for layout in others:
+        if layout == found.layout or (layout.expert == 1 and found.layout.expert > 1):
+            continue
+        if (one := _whole(spec, ask, layout, catalog.engine)) is not None:
+            fitting.append(one)
+    rooms = [Room(one.layout, one.batched_tokens, one.memory.cache) for one in fitting]
+    slo = Slo(spec.slo.ttft_p95.seconds, spec.slo.itl_p95.seconds)
+    preferred = prefer.prefer(ask, rooms, slo, found.context, catalog)
+    return replace(fitting[preferred.index], why=preferred.why)
+
+
+def first(spec: MoEDeploymentSpec, ask: Ask, engine: EngineFacts, gpus: int) -> Choice | Impossible:
+    """The first in order that fits; else the one of fewest stages that lacks least; or why there is no layout.
 
     The context is the asked one, else the model's own, else the longest that fits.
     """
-    found = layouts.candidates(
-        spec.parallelism, gpus, ask.accelerator.gpus_per_node, ask.model, ask.precision, ask.redundant
-    )
+    found = _layouts(spec, ask, gpus)
     if isinstance(found, Impossible):
         return found
-    context = spec.engine.max_model_len or ask.model.max_context
-    steps = _steps(spec, ask, engine)
+    for layout in found:
+        if (one := _whole(spec, ask, layout, engine)) is not None:
+            return one
+    context = _context(spec, ask)
     tried = []
     for layout in found:
-        for step in steps:
+        for step in _steps(spec, ask, engine):
             room = memory.place(ask, layout, step, engine)
             need = memory.sequence_bytes(ask, layout, context, step)
-            if room.cache >= need:
-                return Choice(layout, step, context, room)
             tried.append(Choice(layout, step, context, room, missing=need - room.cache))
     if spec.engine.max_model_len is None:
         shorter = [_capped(ask, choice) for choice in tried]
@@ -53,6 +75,26 @@ def choose(spec: MoEDeploymentSpec, ask: Ask, engine: EngineFacts, gpus: int) ->
         if best.context >= min(engine.shortest_context, ask.model.max_context):
             return best
     return min(tried, key=lambda choice: (choice.layout.pipeline, choice.missing))
+
+
+def _layouts(spec: MoEDeploymentSpec, ask: Ask, gpus: int) -> tuple[Layout, ...] | Impossible:
+    return layouts.candidates(
+        spec.parallelism, gpus, ask.accelerator.gpus_per_node, ask.model, ask.precision, ask.redundant
+    )
+
+
+def _context(spec: MoEDeploymentSpec, ask: Ask) -> int:
+    return spec.engine.max_model_len or ask.model.max_context
+
+
+def _whole(spec: MoEDeploymentSpec, ask: Ask, layout: Layout, engine: EngineFacts) -> Choice | None:
+    """The layout with the largest step that leaves room for a sequence of the whole context; None where none does."""
+    context = _context(spec, ask)
+    for step in _steps(spec, ask, engine):
+        room = memory.place(ask, layout, step, engine)
+        if room.cache >= memory.sequence_bytes(ask, layout, context, step):
+            return Choice(layout, step, context, room)
+    return None
 
 
 def _steps(spec: MoEDeploymentSpec, ask: Ask, engine: EngineFacts) -> tuple[int, ...]:

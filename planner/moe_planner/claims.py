@@ -98,7 +98,7 @@ def judge(claim: Claim, catalog: Catalog) -> Iterator[Judged]:
             accelerator, precision = catalog.accelerators[name], catalog.precisions[form]
             ask = Ask(facts, precision, accelerator, fp8_cache=kv.is_fp8(facts, KvCacheDtype.AUTO))
             spec = _spec(claim.model, name, gpus)
-            found = choose(spec, ask, catalog.engine, gpus)
+            found = choose(spec, ask, catalog, gpus)
             if isinstance(found, Impossible):
                 raise AssertionError(f"{claim.title}: {found.why}")
             would = remedies.what_would(spec, ask, catalog, found) if found.missing else []

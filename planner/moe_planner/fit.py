@@ -72,9 +72,12 @@ def _check(spec: MoEDeploymentSpec, catalog: Catalog) -> FitVerdict:
     if isinstance(ask, FitVerdict):
         return ask
     gpus = spec.hardware.gpus_per_replica if spec.hardware is not None else 1
-    found = choose(spec, ask, catalog.engine, gpus)
+    found = choose(spec, ask, catalog, gpus)
     if isinstance(found, Impossible):
-        return FitVerdict(False, "ParallelismImpossible", f"{found.why}.")
+        free = spec.parallelism == ParallelismSpec()
+        would = " or ".join(remedies.counts(spec, ask, catalog, gpus)) if free else ""
+        text = f"{found.why}. Would do: {would}." if would else f"{found.why}."
+        return FitVerdict(False, "ParallelismImpossible", text)
     if found.missing > 0:
         return FitVerdict(False, "DoesNotFit", _refusal(spec, ask, found, catalog))
     plan = _plan(ask, found, catalog)
@@ -207,6 +210,8 @@ def _agreed(ask: Ask, found: Choice, plan: Plan) -> str:
         f" {_gib(room.activations + room.overhead)} of working memory, {_gib(room.cache)} for KV cache:"
         f" {plan.cache_tokens:,} tokens in sequences of {plan.max_model_len:,}."
     )
+    if found.why:
+        text += f" This layout: {found.why}."
     if found.capped:
         text += (
             f" The model's own context of {ask.model.max_context:,} tokens does not fit, so it is capped at"

@@ -30,11 +30,11 @@ def candidates(
     precision: Precision | None = None,
     redundant: int = 0,
 ) -> tuple[Layout, ...] | Impossible:
-    """Layouts that honour what is asked, best first.
+    """Layouts that honour what is asked, in the order in which they are taken where nothing else decides.
 
-    Best is the fewest pipeline stages, a tensor group inside one node, then the widest tensor group: it shares out
-    attention and cache, where data parallelism repeats attention. Expert parallel ranks are preferred where experts
-    divide by them.
+    First the fewest pipeline stages, a tensor group inside one node, then the widest tensor group: it shares out
+    attention and cache, where data parallelism repeats attention. Whole experts on ranks come before slices. What this
+    version does not serve is left out unless it is asked for: `served`.
     """
     found: list[Layout] = []
     for pipeline in [asked.pipeline] if asked.pipeline else divisors(gpus):
@@ -48,15 +48,40 @@ def candidates(
     node = min(gpus, per_node)
     found.sort(key=lambda at: (at.pipeline, at.tensor > node, -at.tensor, -at.expert))
     problems = [(at, problem(at, model, precision, redundant)) for at in found]
-    good = tuple(at for at, why in problems if why is None)
+    sound = [at for at, why in problems if why is None]
+    good = tuple(at for at in sound if served(at, asked))
     if good:
         return good
+    if sound:
+        return Impossible(_unserved(asked, gpus, model))
     if not problems:
         return Impossible(
             f"spec.parallelism: tensor × data × pipeline cannot be {gpus} GPUs with the sizes that are set: "
             "leave one of them out, or change hardware.gpusPerReplica"
         )
     return Impossible(problems[0][1] or "")
+
+
+def served(at: Layout, asked: ParallelismSpec) -> bool:
+    """Whether this version serves a layout, or the size that it does not serve is asked for by name: the engine's own
+    check refuses that (docs/parallel.md)."""
+    return (at.pipeline == 1 or asked.pipeline is not None) and (
+        at.data == 1 or at.expert > 1 or asked.expert is not None
+    )
+
+
+def _unserved(asked: ParallelismSpec, gpus: int, model: ModelFacts | None) -> str:
+    whose = "" if model is None else f" ({model.heads} attention heads and {model.experts} experts of {model.key})"
+    free = asked == ParallelismSpec()
+    field, remedy = (
+        ("spec.hardware.gpusPerReplica", "set a number that heads or experts divide by, such as a power of two")
+        if free
+        else ("spec.parallelism", "change hardware.gpusPerReplica, or leave sizes out")
+    )
+    return (
+        f"{field}: {gpus} GPUs would need pipeline stages, or sliced experts on data ranks{whose}, which are not served"
+        f" yet: {remedy}"
+    )
 
 
 def problem(at: Layout, model: ModelFacts | None, precision: Precision | None, redundant: int) -> str | None:

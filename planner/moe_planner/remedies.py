@@ -9,7 +9,7 @@ from moe_api.spec import MoEDeploymentSpec
 from moe_api.spec_model import ParallelismSpec
 from moe_planner import kv, memory
 from moe_planner.catalog import Catalog, ModelFacts
-from moe_planner.choice import ROUND_CONTEXT, Choice, choose
+from moe_planner.choice import ROUND_CONTEXT, Choice, choose, first
 from moe_planner.memory import Ask
 from moe_planner.weights import total_bytes
 
@@ -42,8 +42,8 @@ def _remedies(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, refused: Choi
         yield "no redundant experts"
     free = spec.model_copy(update={"parallelism": ParallelismSpec()})
     if spec.parallelism != ParallelismSpec():
-        better = _fits(free, ask, catalog, gpus)
-        if better is not None:
+        better = choose(free, ask, catalog, gpus)
+        if isinstance(better, Choice) and better.missing == 0:
             yield f"spec.parallelism left to the planner ({better.layout})"
     native = catalog.precisions[ask.model.native]
     forms = [native, catalog.precisions["fp8"]]
@@ -55,11 +55,7 @@ def _remedies(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, refused: Choi
             cap = f" with a context of {better.context:,} tokens" if better.capped else ""
             own = f"its own checkpoint ({form.name})" if form is native else f"weights in {form.name}"
             yield f"{own}{cap}"
-    for count in _more(gpus, ask.accelerator.gpus_per_node):
-        better = _fits(free, ask, catalog, count)
-        if better is not None and not better.capped:
-            yield f"{count} × {ask.accelerator.name}"
-            break
+    yield from counts(spec, ask, catalog, gpus)
     larger = sorted(
         (other for other in catalog.accelerators.values() if other.memory_bytes > ask.accelerator.memory_bytes),
         key=lambda other: other.memory_bytes,
@@ -71,14 +67,33 @@ def _remedies(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, refused: Choi
             break
 
 
+def counts(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, gpus: int) -> Iterator[str]:
+    """The nearest numbers of the same GPUs that hold it: fewer, which more never lose, and more."""
+    free = spec.model_copy(update={"parallelism": ParallelismSpec()})
+    node = ask.accelerator.gpus_per_node
+    for tried in (_fewer(gpus, node), _more(gpus, node)):
+        for count in tried:
+            better = _fits(free, ask, catalog, count)
+            if better is not None and not better.capped:
+                yield f"{count} × {ask.accelerator.name}"
+                break
+
+
 def _fits(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, gpus: int) -> Choice | None:
-    found = choose(spec, ask, catalog.engine, gpus)
+    found = first(spec, ask, catalog.engine, gpus)
     return found if isinstance(found, Choice) and found.missing == 0 else None
 
 
+def _fewer(gpus: int, per_node: int) -> Iterator[int]:
+    """Smaller counts, nearest first: all of the last two nodes, below that whole nodes."""
+    for count in range(gpus - 1, 0, -1):
+        if count <= 2 * per_node or count % per_node == 0:
+            yield count
+
+
 def _more(gpus: int, per_node: int) -> Iterator[int]:
-    """Larger counts: doubling within a node, then whole nodes."""
+    """Larger counts: powers of two within a node, then whole nodes."""
     count = gpus
     while count < MOST_GPUS:
-        count = count * 2 if count < per_node else (count // per_node + 1) * per_node
+        count = min(per_node, 1 << count.bit_length()) if count < per_node else (count // per_node + 1) * per_node
         yield count

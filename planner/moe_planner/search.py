@@ -240,20 +240,8 @@ class _Search:
         return tuple(dict.fromkeys((0, math.ceil(experts * 9 / 8 / gpus) * gpus - experts)))
 
     def _layouts(self, ask: Ask, place: Place) -> tuple[Layout, ...] | Impossible:
-        asked = self.parallelism
-        found = layouts.candidates(
-            asked, place.gpus, place.accelerator.gpus_per_node, ask.model, ask.precision, ask.redundant
-        )
-        if isinstance(found, Impossible):
-            return found
-        served = tuple(
-            at
-            for at in found
-            if (at.pipeline == 1 or asked.pipeline) and (at.data == 1 or at.expert > 1 or asked.expert)
-        )
-        return served or Impossible(
-            f"spec.parallelism: {place.gpus} × {place.accelerator.name} would need pipeline stages or sliced experts on"
-            " data ranks, which are not served yet: change hardware.gpusPerReplica"
+        return layouts.candidates(
+            self.parallelism, place.gpus, place.accelerator.gpus_per_node, ask.model, ask.precision, ask.redundant
         )
 
     def _cut(self, ask: Ask, place: Place, layout: Layout) -> Iterator[Option | Rejected]:

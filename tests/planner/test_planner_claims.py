@@ -57,7 +57,7 @@ def test_verdicts(name: str) -> None:
 
 
 def test_a_refusal_names_the_nearest_that_fits() -> None:
-    assert judged()[(PRO, "nvidia-h100", 8, "fp8")].would[0] == "24 × nvidia-h100"
+    assert judged()[(PRO, "nvidia-h100", 8, "fp8")].would[0] == "32 × nvidia-h100"
     assert judged()[(PRO, "nvidia-h200", 8, "fp8")].would[:2] == ("its own checkpoint (mxfp4-fp8)", "16 × nvidia-h200")
 
 

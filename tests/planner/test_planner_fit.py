@@ -26,7 +26,7 @@ RECIPE = {"extraArgs": {"gpu-memory-utilization": "0.95"}}
 CLAIMS: dict[str, tuple[str, str, int, str, dict[str, Any], bool, tuple[str, ...]]] = {
     "V4-Pro in FP8 on 8×H100: said to fit in 640 GB": (
         V4, "nvidia-h100", 8, "FP8", {}, False,
-        ("1,488 GiB for weights", "8 × nvidia-h100 have 637 GiB, 586 GiB of it usable", "24 × nvidia-h100"),
+        ("1,488 GiB for weights", "8 × nvidia-h100 have 637 GiB, 586 GiB of it usable", "32 × nvidia-h100"),
     ),
     "V4-Pro in FP8 on 8×H200: said to fit in 768 GB": (
         V4, "nvidia-h200", 8, "FP8", {}, False,
@@ -126,8 +126,14 @@ VERDICTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], bool | None, str, str
         "spec.engine.maxModelLen of at most",
     ),
     "the same, unset": ((f"{BIG}-FP8", "nvidia-h100", 2), {}, True, "FitsShorterContext", "capped at"),
-    "heads that do not divide": (
-        (BIG, "nvidia-h200", 5), {}, True, "Fits", "tensor 1 × data 1 × pipeline 5",
+    "GPUs that only pipeline stages could share": (
+        (BIG, "nvidia-h200", 5), {}, False, "ParallelismImpossible", "Would do: 4 × nvidia-h200 or 8 × nvidia-h200.",
+    ),
+    "pipeline stages that are asked for by name": (
+        (BIG, "nvidia-h200", 5), {"parallelism": {"pipeline": 5}}, True, "Fits", "tensor 1 × data 1 × pipeline 5",
+    ),
+    "one GPU more than what holds it": (
+        (R1, "nvidia-h200", 9), {}, False, "ParallelismImpossible", "Would do: 8 × nvidia-h200 or 16 × nvidia-h200.",
     ),
     "a tensor size that heads do not divide by": (
         (R1, "nvidia-h200", 6), {"parallelism": {"tensor": 3}}, False, "ParallelismImpossible",
@@ -196,7 +202,7 @@ def test_the_plan_honours_what_is_set() -> None:
 def test_a_replica_on_several_nodes() -> None:
     plan = check(spec(R1, "nvidia-h100", 16)).plan
     assert plan is not None
-    assert (plan.tensor, plan.data, plan.nodes_per_replica, plan.gpus_per_node) == (8, 2, 2, 8)
+    assert (plan.tensor, plan.data, plan.nodes_per_replica, plan.gpus_per_node) == (4, 4, 2, 8)
     tray = check(spec(V4, "nvidia-gb200", 8)).plan
     assert tray is not None
     assert (tray.nodes_per_replica, tray.gpus_per_node) == (2, 4)
