@@ -30,6 +30,7 @@ from moe_operator.revision import asked_for, name_of, pinned_for
 from moe_operator.rollout import Context, Revision, Rollout, advance
 from moe_operator.snapshot import Snapshot
 from moe_planner import fit
+from moe_planner.fit import FitVerdict
 
 _SIZES = ("tensor", "data", "expert", "pipeline")
 
@@ -81,7 +82,8 @@ def decide(snapshot: Snapshot) -> Plan:
     candidate, trouble = _candidate(snapshot)
     target = None if snapshot.resource.spec.suspend else candidate.name if candidate is not None else _running(snapshot)
     if candidate is not None:  # as good as pinned: status speaks of it at once, not only when the cache has it
-        snapshot = replace(snapshot, records={**snapshot.records, candidate.name: candidate})
+        records = {**snapshot.records, candidate.name: candidate}
+        snapshot = replace(snapshot, records=records, verdict=_verdict(snapshot, candidate))
     # Where nothing runs and nothing may be made, there is nothing to roll out.
     idle = target is None and not snapshot.resource.spec.suspend
     rollout = None if idle else advance(_context(snapshot, target))
@@ -112,8 +114,7 @@ def _candidate(snapshot: Snapshot) -> tuple[RevisionRecord | None, Trouble]:
         in_force = _in_force(snapshot, pinned)
         if all(getattr(in_force, name) == value for name, value in today.items()):
             return pinned, Trouble()
-        cut = ParallelismSpec.model_validate({size: pinned.plan[size] for size in _SIZES if size in pinned.plan})
-        verdict = fit.check(resource.spec.model_copy(update={"parallelism": cut}))
+        verdict = _as_born(snapshot, pinned)
         return pinned, Trouble("DoesNotFit", verdict.message) if verdict.fits is False else Trouble()
     if snapshot.verdict.fits is False:
         return None, Trouble("DoesNotFit", snapshot.verdict.message)
@@ -136,6 +137,19 @@ def _candidate(snapshot: Snapshot) -> tuple[RevisionRecord | None, Trouble]:
             # Its record was deleted, and today it would be another: what runs is not rebuilt because of that.
             return None, Trouble()
     return record, Trouble()
+
+
+def _verdict(snapshot: Snapshot, record: RevisionRecord) -> FitVerdict:
+    """The verdict on what a revision was born with, where today's planner would cut the GPUs in another way."""
+    today = snapshot.verdict.plan
+    if today is None or all(record.plan.get(size) == getattr(today, size) for size in _SIZES):
+        return snapshot.verdict
+    return _as_born(snapshot, record)
+
+
+def _as_born(snapshot: Snapshot, record: RevisionRecord) -> FitVerdict:
+    cut = ParallelismSpec.model_validate({size: record.plan[size] for size in _SIZES if size in record.plan})
+    return fit.check(snapshot.resource.spec.model_copy(update={"parallelism": cut}))
 
 
 def _in_force(snapshot: Snapshot, record: RevisionRecord) -> ServingConfig:

@@ -77,9 +77,7 @@ def rule(layouts: Sequence[Layout], outputs: Sequence[float], margin: float) -> 
     most = max(outputs)
     if outputs[0] * margin >= most:
         return Preferred(0, f"the first in order: no other is predicted to give {margin:.2f} times its output")
-    index = next(
-        at for at, output in enumerate(outputs) if output > outputs[0] * margin and output * margin >= most
-    )
+    index = next(at for at, output in enumerate(outputs) if output > outputs[0] * margin and output * margin >= most)
     if not outputs[0]:
         return Preferred(index, f"predicted to keep the SLO, which {layouts[0]} is not")
     return Preferred(index, f"predicted to give {outputs[index] / outputs[0]:.1f} times the output of {layouts[0]}")

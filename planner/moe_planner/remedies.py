@@ -16,6 +16,8 @@ from moe_planner.weights import total_bytes
 MOST = 4
 """Remedies that one message names."""
 MOST_GPUS = 128
+FEW = 16
+"""GPUs up to which every smaller number is tried."""
 
 
 def fp8_cache(model: ModelFacts, spec: MoEDeploymentSpec) -> bool:
@@ -42,9 +44,9 @@ def _remedies(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, refused: Choi
         yield "no redundant experts"
     free = spec.model_copy(update={"parallelism": ParallelismSpec()})
     if spec.parallelism != ParallelismSpec():
-        better = choose(free, ask, catalog, gpus)
-        if isinstance(better, Choice) and better.missing == 0:
-            yield f"spec.parallelism left to the planner ({better.layout})"
+        chosen = choose(free, ask, catalog, gpus)
+        if isinstance(chosen, Choice) and chosen.missing == 0:
+            yield f"spec.parallelism left to the planner ({chosen.layout})"
     native = catalog.precisions[ask.model.native]
     forms = [native, catalog.precisions["fp8"]]
     for form in dict.fromkeys(forms):
@@ -85,9 +87,9 @@ def _fits(spec: MoEDeploymentSpec, ask: Ask, catalog: Catalog, gpus: int) -> Cho
 
 
 def _fewer(gpus: int, per_node: int) -> Iterator[int]:
-    """Smaller counts, nearest first: all of the last two nodes, below that whole nodes."""
+    """Smaller counts, nearest first: all up to `FEW`, above it whole nodes."""
     for count in range(gpus - 1, 0, -1):
-        if count <= 2 * per_node or count % per_node == 0:
+        if count <= FEW or count % per_node == 0:
             yield count
 
 

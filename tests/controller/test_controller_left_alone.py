@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
+from moe_api.load import load_object
 from moe_kube import objects as k
 from moe_kube.objects import Ref
+from moe_planner import prefer
+from moe_planner.fit import check
 from tests.controller.stories import LONGER, spec_with
 from tests.controller.world import NAMESPACE, SPEC, World
 
@@ -90,3 +95,23 @@ def test_the_head_becomes_the_door_where_no_replica_may_be_there() -> None:
     world.put(spec_with("replicas", {"min": 0, "max": 2}))
     world.run(30)
     assert "excludeHeadPodFromServeSvc" not in world.cluster.get(ref)["spec"]
+
+
+def test_a_planner_that_would_cut_the_gpus_anew_moves_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Born by the order alone, as before predictions were asked; then the operator is upgraded."""
+    world, wide = World(), spec_with("hardware.gpusPerReplica", 8)
+    with monkeypatch.context() as before:
+        before.setattr(prefer, "prefer", lambda *_: prefer.Preferred(0, "the first in order"))
+        world.put(wide)
+        world.run(60)
+    (name,) = world.revisions()
+    service = world.cluster.get(Ref(k.RAY_SERVICE, NAMESPACE, name))
+    document = {"metadata": {"name": "m"}, "spec": wide, "apiVersion": "moestack.dev/v1alpha1", "kind": "MoEDeployment"}
+    today = check(load_object(document).spec).plan
+    assert today is not None
+    assert today.data > 1
+    world.put(spec_with("slo.ttftP95", "3s", wide))
+    world.run(60)
+    assert list(world.revisions()) == [name]
+    assert world.cluster.get(Ref(k.RAY_SERVICE, NAMESPACE, name))["spec"] == service["spec"]
+    assert "tensor 8 × data 1" in world.condition("Fits")["message"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -308,12 +310,35 @@ def test_a_shorter_context_never_needs_more(
     assert shorter.fits or not longer.fits
 
 
-@settings(max_examples=40, deadline=None)
-@given(**ANY)
-def test_twice_the_gpus_hold_what_half_of_them_held(
-    model: str, accelerator: str, gpus: int, form: str, redundant: int
+@settings(max_examples=60, deadline=None)
+@given(**ANY | {"gpus": st.integers(1, 16)}, more=st.integers(1, 15), nodes=st.booleans())
+def test_another_gpu_never_lowers_what_fits(
+    model: str, accelerator: str, gpus: int, form: str, redundant: int, more: int, nodes: bool
 ) -> None:
-    small = judged(model, accelerator, gpus, form, redundant, maxModelLen=2048)
-    large = judged(model, accelerator, gpus * 2, form, redundant, maxModelLen=2048)
-    assume(large.reason != "ParallelismImpossible")
+    """What n GPUs hold is never refused with more of them for want of memory. A number that heads and experts do not
+    divide by is refused as such, and the nearest smaller one that holds it is named: n or above."""
+    node = packaged().accelerators[accelerator].gpus_per_node if nodes else 1
+    fewer, larger = gpus * node, (gpus + more) * node
+    small = judged(model, accelerator, fewer, form, redundant, maxModelLen=2048)
+    large = judged(model, accelerator, larger, form, redundant, maxModelLen=2048)
+    if not small.fits or large.fits:
+        return
+    assert large.reason == "ParallelismImpossible", large.message
+    named = [int(count) for count in re.findall(rf"(\d+) × {accelerator}", large.message.partition("Would do")[2])]
+    assert fewer <= min(named) < larger, large.message
+
+
+@settings(max_examples=40, deadline=None)
+@given(**ANY, share=st.floats(1.0, 4.0))
+def test_more_memory_never_lowers_what_fits(
+    model: str, accelerator: str, gpus: int, form: str, redundant: int, share: float
+) -> None:
+    catalog = packaged()
+    known = catalog.accelerators[accelerator]
+    larger = replace(known, memory_bytes=int(known.memory_bytes * share))
+    wider = replace(catalog, accelerators={**catalog.accelerators, accelerator: larger})
+    asked = spec(f"org/{model}", accelerator, gpus, form, experts={"redundant": redundant})
+    small, large = check(asked, catalog), check(asked, wider)
     assert large.fits or not small.fits, large.message
+    if small.plan is not None and large.plan is not None:
+        assert (large.plan.max_model_len or 0) >= (small.plan.max_model_len or 0)

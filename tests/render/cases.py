@@ -169,6 +169,7 @@ CASES: dict[str, Case] = {
     "data-parallel": example(
         "laptop", put("hardware.gpusPerReplica", 8), put("parallelism", {"data": 8}), shown=ENGINE
     ),
+    "data-parallel-auto": example("laptop", put("hardware.gpusPerReplica", 8), shown=ENGINE),
     "data-parallel-nodes": example(
         "laptop",
         put("hardware.gpusPerReplica", 16),
