@@ -59,7 +59,6 @@ ENGINE_ENV = {
 DEFAULT_ACTIVE_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 2048
 DAYS_IN_A_MONTH = 31
-SPOKEN_PROVIDERS = (Provider.OPENAI, Provider.OPENAI_COMPATIBLE, Provider.AZURE_OPENAI, Provider.BEDROCK)
 """Closed APIs that the gateway speaks."""
 EXTERNAL = "external"
 """Name at the gateway of an engine that runs elsewhere."""
@@ -295,12 +294,6 @@ def unusable(target: FallbackTarget, where: str) -> Problem | None:
     """What keeps the gateway from using a target, or None."""
     if target.name in TAKEN_NAMES:
         return Problem(f"{where}.name", f"{target.name!r} has a meaning of its own in metrics", "choose another name")
-    if target.provider not in SPOKEN_PROVIDERS:
-        return Problem(
-            f"{where}.provider",
-            f"the gateway does not speak {target.provider.value} yet",
-            "use openai or openai-compatible",
-        )
     if target.provider == Provider.BEDROCK and target.base_url is None and target.region is None:
         return Problem(f"{where}.region", "the address of bedrock is its region's", "set it, or baseUrl")
     own = (target.price.input_usd_per_m_tokens, target.price.output_usd_per_m_tokens)

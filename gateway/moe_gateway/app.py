@@ -9,6 +9,8 @@ import uuid
 import orjson
 
 from moe_gateway.call import Call, Outcome, Phase, Stop
+from moe_gateway.messages_in import parse_messages
+from moe_gateway.messages_out import MessagesResponder
 from moe_gateway.openai_api import ApiError, Endpoint, parse
 from moe_gateway.proxy import route
 from moe_gateway.responder import Message, Receive, Responder, Send
@@ -20,8 +22,9 @@ from moe_gateway.upstream import Rejected
 PREFIX = "/v1"
 _POST = {PREFIX + endpoint.value: endpoint for endpoint in Endpoint}
 _MODELS = PREFIX + "/models"
+_MESSAGES = PREFIX + Endpoint.MESSAGES.value
 _NOT_SERVED = {
-    PREFIX + "/messages": PREFIX + Endpoint.CHAT.value,
+    PREFIX + Endpoint.MESSAGES.value + "/": "the usage of an answer: tokens are counted by the engine alone",
     PREFIX + Endpoint.RESPONSES.value + "/": "input with the whole conversation: no response is stored",
 }
 """Calls that the engine would answer and the gateway does not pass: what to use instead."""
@@ -49,8 +52,8 @@ class App:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        out = Responder(send, request_id)
         path: str = scope["path"]
+        out = (MessagesResponder if path.startswith(_MESSAGES) else Responder)(send, request_id)
         endpoint = _POST.get(path)
         if endpoint is not None and scope["method"] == "POST":
             await self._call(endpoint, headers, request_id, receive, out)
@@ -111,7 +114,8 @@ class App:
         if gateway.draining:
             call.outcome = Outcome.SHED
             raise _stopping()
-        request = parse(endpoint, await self._body(headers, receive, call))
+        body = await self._body(headers, receive, call)
+        request = parse_messages(body) if endpoint is Endpoint.MESSAGES else parse(endpoint, body)
         if request.model != gateway.config.model:
             message = f"the model {request.model[:200]!r} does not exist; there is {gateway.config.model!r}"
             raise ApiError(404, message, code="model_not_found", param="model")

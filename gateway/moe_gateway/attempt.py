@@ -57,6 +57,7 @@ class Attempt:
         self._work_tokens = self._prompt_tokens if local_forecast is None else local_forecast.work_tokens
         self._slot_wait_s = 0.0 if local_forecast is None else local_forecast.slot_wait_s
         self._adapter = upstream.adapter
+        self._native = self._adapter is not None and self._adapter.native(request)
         self._scanner: Stream = SseScanner() if self._adapter is None else self._adapter.stream(request)
         self._usage: Usage | None = None
         self._response: Response | None = None
@@ -129,10 +130,11 @@ class Attempt:
             fault = Fault.TIMEOUT if isinstance(error, TimeoutError) else Fault.RESET
             detail = f"the answer broke off: {type(error).__name__}"
             raise UpstreamFailed(fault, detail, maybe_billed=True) from None
+        openai = body
         try:
             if self._adapter is not None:
-                body = self._adapter.answer(200, body)
-            document = orjson.loads(body)
+                openai = self._adapter.answer(200, body)
+            document = orjson.loads(openai)
         except ValueError:  # orjson's own error is one
             raise UpstreamFailed(Fault.MALFORMED, "the answer is not JSON", maybe_billed=True) from None
         if isinstance(document, dict) and document.get("error") is not None:
@@ -143,7 +145,8 @@ class Attempt:
         call.status = 200
         call.output_tokens = 0 if self._usage is None else self._usage.output_tokens
         call.enter(Phase.SENDING, self._clock.monotonic())
-        await self._out.whole(200, _content_type(response, b"application/json"), body)
+        self._out.native = self._native
+        await self._out.whole(200, _content_type(response, b"application/json"), body if self._native else openai)
         call.outcome = Outcome.OK
         if self._request.endpoint is not Endpoint.EMBEDDINGS:
             upstream.estimate = observe_decode(upstream.estimate, itl_s=None, output_tokens=call.output_tokens)
@@ -169,6 +172,7 @@ class Attempt:
                 (b"content-type", _content_type(response, b"text/event-stream")),
                 (b"cache-control", b"no-cache"),
             ]
+            self._out.native = self._native
             await self._out.start(200, headers)
             await self._out.write(head)
             broken = await self._pass_on(response)
@@ -304,7 +308,7 @@ class Attempt:
         if usage is not None:
             upstream.learn_prompt(len(self._request.raw), usage.prompt_tokens)
         if self._request.stream:
-            call.output_tokens = scanner.content_events if usage is None else usage.output_tokens
+            call.output_tokens = scanner.counted_tokens if usage is None else usage.output_tokens
         call.prompt_tokens = self._prompt_tokens if usage is None else usage.prompt_tokens
         tokens = usage.output_tokens if usage is not None and upstream.local else scanner.content_events
         if self._first_s is not None:
@@ -327,7 +331,8 @@ class Attempt:
         if not self._billed:
             return Decimal(0)
         if self._request.stream:
-            return cost_usd(self._prompt_tokens, self._scanner.content_events, self._upstream.price)
+            prompt_tokens = self._scanner.prompt_tokens or self._prompt_tokens
+            return cost_usd(prompt_tokens, self._scanner.counted_tokens, self._upstream.price)
         return self._gateway.cost_bound_usd(self._request, self._upstream)
 
 

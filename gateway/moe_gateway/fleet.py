@@ -111,7 +111,7 @@ def _target(fleet: Fleet, index: int, target: TargetConfig, overrides: Overrides
         return known
     # A closed API shows no queue: its TTFT is nearly the same for every length, and starts from a common figure.
     prior = LatencyEstimate(base_prior_s=0.6, slope_prior_s=2e-5, itl_s=0.02)
-    adapter = adapter_of(target)
+    adapter = adapter_of(target, clock)
     url = (target.base_url or adapter.URL or "").rstrip("/")
     made = Upstream(target.name, url, target, key, adapter=adapter, price=price, estimate=prior)
     if known is not None and known.target is not None:

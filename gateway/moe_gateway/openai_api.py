@@ -19,6 +19,8 @@ class Endpoint(StrEnum):
     COMPLETIONS = "/completions"
     EMBEDDINGS = "/embeddings"
     RESPONSES = "/responses"
+    MESSAGES = "/messages"
+    """Anthropic's. A request of it is a chat request once it is read."""
 
 
 class ApiError(Exception):
@@ -65,8 +67,8 @@ class ApiRequest:
     include_usage: bool = False
     output_limit: int | None = None
     choices: int = 1
-    messages_api: bool = False
-    """Asked for in Anthropic's messages form; `document` and `raw` are its translation."""
+    messages: dict[str, Any] | None = None
+    """The request in Anthropic's messages form, where it came in that; `document` and `raw` are its translation."""
     document: dict[str, Any] = field(default_factory=dict)
 
 

@@ -20,6 +20,8 @@ class Responder:
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._headers: list[Header] = [(b"x-request-id", request_id.encode())]
+        self.native = False
+        """Whether what follows is in the client's own form already, where that is not OpenAI's."""
         self.started = False
         self.finished = False
 

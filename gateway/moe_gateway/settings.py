@@ -11,9 +11,7 @@ from moe_core.clock import Clock
 from moe_core.config import GatewayConfig, TargetConfig, config_hash
 from moe_core.log import get_log
 from moe_core.signing import Verifier, describe
-from moe_gateway import providers
 
-SUPPORTED_PROVIDERS = providers.SUPPORTED
 _KEYLESS = frozenset({"openai-compatible"})
 _URL_FORM = {
     "openai-compatible": "https://host/v1",
@@ -75,9 +73,6 @@ def check(config: GatewayConfig) -> None:
 
 
 def _check_target(where: str, target: TargetConfig) -> None:
-    if target.provider not in SUPPORTED_PROVIDERS:
-        supported = " and ".join(SUPPORTED_PROVIDERS)
-        raise ConfigRefused(f"{where}.provider: {target.provider} is not supported yet; supported so far: {supported}")
     if target.provider in _URL_FORM and target.base_url is None:
         raise ConfigRefused(f"{where}.baseUrl: needed for {target.provider}, e.g. {_URL_FORM[target.provider]}")
     if target.base_url is not None and not target.base_url.startswith(("http://", "https://")):

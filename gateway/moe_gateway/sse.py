@@ -29,6 +29,12 @@ class SseScanner:
         self.malformed = False
         self.error: object | None = None
         self.usage: Usage | None = None
+        self.prompt_tokens: int | None = None
+
+    @property
+    def counted_tokens(self) -> int:
+        """Output tokens so far: OpenAI's servers send about one in an event."""
+        return self.content_events
 
     @property
     def complete(self) -> bool:
@@ -72,7 +78,7 @@ class SseScanner:
         kept: list[bytes] | None = None
         start = 0
         while start < len(data) and not self.broken:
-            end = _event_end(data, start)
+            end = event_end(data, start) or len(data)
             event = data[start:end]
             keep = self._event(event)
             if self.malformed:
@@ -88,9 +94,7 @@ class SseScanner:
 
     def _event(self, event: bytes) -> bool:
         """Look at one event; False where it is not to be sent on."""
-        payload = b"\n".join(
-            line[5:].strip() for line in event.replace(b"\r\n", b"\n").split(b"\n") if line.startswith(b"data:")
-        )
+        payload = payload_of(event)
         if not payload:
             return True
         if payload == b"[DONE]":
@@ -149,9 +153,15 @@ def _has_content(delta: dict[str, Any]) -> bool:
     return bool(delta.get("content")) or any(delta.get(name) for name in _CONTENT_FIELDS)
 
 
-def _event_end(data: bytes, start: int) -> int:
-    """Index just past the event that begins at `start`: its blank line, or the end of the data."""
+def payload_of(event: bytes) -> bytes:
+    """The data of one event, without its field names."""
+    lines = event.replace(b"\r\n", b"\n").split(b"\n")
+    return b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
+
+
+def event_end(data: bytes, start: int) -> int | None:
+    """Index just past the event that begins at `start`, with its blank line; None where that has not come."""
     unix = data.find(b"\n\n", start)
     dos = data.find(b"\r\n\r\n", start)
     ends = [at + size for at, size in ((unix, 2), (dos, 4)) if at >= 0]
-    return min(ends) if ends else len(data)
+    return min(ends, default=None)

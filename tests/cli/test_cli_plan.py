@@ -274,7 +274,7 @@ def test_an_own_server_without_a_price_is_noted(price: dict[str, str], noted: bo
     [
         ("no price", {"price": {}}, "price"),
         ("half a price", {"price": {"inputUsdPerMTokens": "5"}}, "price"),
-        ("a provider that the gateway does not speak", {"provider": "anthropic"}, "provider"),
+        ("no address of Bedrock", {"provider": "bedrock"}, "region"),
     ],
 )
 def test_a_target_that_cannot_be_used_is_refused_and_left_out_with_tiny(

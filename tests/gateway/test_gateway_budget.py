@@ -146,12 +146,12 @@ async def test_a_request_without_a_limit_gets_one_where_it_costs() -> None:
     compatible = target.model_copy(update={"provider": "openai-compatible"})
     bare = parse(Endpoint.CHAT, _sent(chat()))
     limited = parse(Endpoint.CHAT, _sent(chat(max_tokens=9)))
-    assert b'"max_completion_tokens":4096' in adapter_of(target).body(bare, 4096)
-    assert b'"max_tokens":4096' in adapter_of(compatible).body(bare, 4096)
-    assert b'"max_completion_tokens":9' in adapter_of(target).body(limited, 4096)
-    assert b'"max_tokens"' not in adapter_of(target).body(limited, 4096)
-    assert b'"max_tokens":9' in adapter_of(compatible).body(limited, 4096)
-    assert b"max_" not in adapter_of(compatible).body(bare, None)
+    assert b'"max_completion_tokens":4096' in adapter_of(target, FakeClock()).body(bare, 4096)
+    assert b'"max_tokens":4096' in adapter_of(compatible, FakeClock()).body(bare, 4096)
+    assert b'"max_completion_tokens":9' in adapter_of(target, FakeClock()).body(limited, 4096)
+    assert b'"max_tokens"' not in adapter_of(target, FakeClock()).body(limited, 4096)
+    assert b'"max_tokens":9' in adapter_of(compatible, FakeClock()).body(limited, 4096)
+    assert b"max_" not in adapter_of(compatible, FakeClock()).body(bare, None)
 
 
 def test_images_are_reserved_for() -> None:

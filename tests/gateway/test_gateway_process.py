@@ -218,8 +218,10 @@ def one(**target: str) -> dict[str, Any]:
 
 
 REFUSED = [
-    pytest.param(one(provider="gemini"), "targets[0] (a).provider: gemini is not supported", id="gemini"),
-    pytest.param(one(provider="anthropic"), "supported so far: openai and", id="anthropic"),
+    pytest.param(one(provider="gemini"), "targets[0] (a).apiKeyFile: needed for gemini", id="gemini"),
+    pytest.param(one(provider="azure-openai"), "e.g. https://RESOURCE.openai.azure.com", id="no Azure resource"),
+    pytest.param(one(provider="bedrock"), "targets[0] (a).baseUrl: needed for bedrock", id="no Bedrock endpoint"),
+    pytest.param(one(provider="anthropic", apiVersion="1"), "apiVersion: is of azure-openai alone", id="a version"),
     pytest.param(one(provider="openai-compatible"), "targets[0] (a).baseUrl", id="no base URL"),
     pytest.param(one(provider="openai-compatible", baseUrl="ftp://x"), "targets[0] (a).baseUrl", id="no HTTP"),
     pytest.param(one(provider="openai"), "targets[0] (a).apiKeyFile", id="no key file"),

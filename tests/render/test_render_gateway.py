@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_api.enums import Provider
 from moe_api.spec_engine import EngineSpec
 from moe_core import process_config
 from moe_core.config import GatewayConfig
-from moe_gateway import access, reload, settings
+from moe_gateway import access, providers, reload, settings
 from moe_kube import objects as k
 from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT
 from moe_operator.render import gateway
@@ -39,7 +40,7 @@ def test_the_gateway_takes_what_it_is_told(name: str) -> None:
 
 
 def test_operator_and_gateway_agree_on_what_a_gateway_can_do() -> None:
-    assert {provider.value for provider in process_config.SPOKEN_PROVIDERS} == set(settings.SUPPORTED_PROVIDERS)
+    assert {provider.value for provider in Provider} == set(providers.SUPPORTED)
     assert set(gateway.START_FIELDS) == set(reload.AT_START)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
+from moe_core.clock import Clock
 from moe_core.config import TargetConfig
 from moe_gateway.openai_api import ApiRequest, Usage
 from moe_gateway.sse import SseScanner
@@ -43,7 +44,11 @@ class Stream(Protocol):
     malformed: bool
     error: object | None
     usage: Usage | None
+    prompt_tokens: int | None
+    """Prompt tokens as the provider told them early, for a stream that breaks before its usage."""
 
+    @property
+    def counted_tokens(self) -> int: ...
     @property
     def complete(self) -> bool: ...
     @property
@@ -63,8 +68,9 @@ class Adapter(ABC):
     URL: ClassVar[str | None] = None
     """Base address where the configuration names none."""
 
-    def __init__(self, target: TargetConfig) -> None:
+    def __init__(self, target: TargetConfig, clock: Clock) -> None:
         self.target = target
+        self.clock = clock
 
     @abstractmethod
     def takes(self, request: ApiRequest) -> Unsupported | None:
@@ -98,12 +104,3 @@ class Adapter(ABC):
     def stream(self, request: ApiRequest) -> Stream:
         """A reader for one streamed answer."""
         return SseScanner(strip_usage=not request.include_usage)
-
-
-def given(document: dict[str, Any], neutral: dict[str, tuple[object, ...]]) -> dict[str, Any]:
-    """The fields of a request that ask for something: without nulls, and without values that are OpenAI's defaults."""
-    return {
-        name: value
-        for name, value in document.items()
-        if value is not None and not any(type(value) is type(one) and value == one for one in neutral.get(name, ()))
-    }
