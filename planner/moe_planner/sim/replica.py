@@ -282,8 +282,9 @@ class Replica:
         """Blocks that the decoding sequences take in the next `jump` steps."""
         block, phase = self.block, self.phase
         rounds, rest = divmod(jump, block)
-        after = self.steps + 1
-        return rounds * len(self.joined) + sum(phase[(after + i) % block] for i in range(rest))
+        after = (self.steps + 1) % block
+        over = max(0, after + rest - block)
+        return rounds * len(self.joined) + sum(phase[after : after + rest]) + sum(phase[:over])
 
     def _steps_that_fit(self) -> int:
         """Steps until a sequence would find no free block."""
