@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from moe_planner.config_keys import Keys
 
 PLAIN = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
@@ -18,6 +20,37 @@ def native_form(keys: Keys, inner: Keys) -> str:
                         raise at.wrong(name, f"{kind} is not known: one of {', '.join(PLAIN)}")
                     return PLAIN[kind]
         return "bf16"
+    form = _form(quantized, inner)
+    _as_counted(quantized, form, inner.whole("num_hidden_layers", "n_layers", "num_layers", default=1))
+    return form
+
+
+EXPERTS_ALONE = ("mxfp4", "nvfp4", "int4-experts")
+"""Forms that leave attention in 16 bits; the others make every linear layer smaller."""
+SMALL = re.compile(r"norm|conv1d|in_proj_(a|b)|A_log|dt_bias|indexer|rotary|sink|gate_proj$|[kv]_scale")
+"""Parts of attention that are too small to be made smaller: they stay wide in every form."""
+KEPT = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
+
+
+def _as_counted(quantized: Keys, form: str, layers: int) -> None:
+    """Raises CatalogInvalid where a checkpoint leaves attention wide, or not, otherwise than its form is counted."""
+    for name in KEPT:
+        if not (kept := quantized.words(name)):
+            continue
+        attention = [module for module in kept if "attn" in module and not SMALL.search(module)]
+        wide = any("*" in module or module.startswith("re:") or "layers" not in module for module in attention)
+        wide = wide or len(attention) >= layers
+        if attention and not wide:
+            raise quantized.wrong(name, "leaves attention of some layers wide: write the model's entry by hand")
+        if wide and form not in EXPERTS_ALONE:
+            raise quantized.wrong(
+                name, f"leaves attention wide, which {form} is not counted with: write its entry by hand"
+            )
+        if not wide and form in EXPERTS_ALONE:
+            raise quantized.wrong(name, f"leaves attention out, which {form} is counted with: write its entry by hand")
+
+
+def _form(quantized: Keys, inner: Keys) -> str:
     method = quantized.text("quant_method", default="")
     match method:
         case "fp8" | "fbgemm_fp8":
@@ -60,7 +93,9 @@ def _compressed(quantized: Keys) -> str:
         return "nvfp4"
     if form == "int-quantized":
         return "int8"
-    groups = quantized.nested("config_groups").nested("group_0").nested("weights")
+    if len(named := quantized.nested("config_groups").names()) != 1:
+        raise quantized.wrong("config_groups", f"has {len(named)} groups: write the model's entry by hand")
+    groups = quantized.nested("config_groups").nested(*named).nested("weights")
     bits, size = groups.whole("num_bits"), groups.whole("group_size", default=128)
     if form == "pack-quantized" and (bits, size) == (4, 32):
         return "int4-experts"

@@ -11,10 +11,11 @@ from pathlib import Path
 from moe_api.enums import KvCacheDtype, Quantization
 from moe_api.load import load_object
 from moe_api.spec import MoEDeploymentSpec
-from moe_planner import kv, memory, remedies, weights
+from moe_planner import kv, memory, profiles, remedies, weights
+from moe_planner.breakeven import output_share
 from moe_planner.catalog import GB, Accelerator, Catalog, ModelFacts, Precision, packaged
 from moe_planner.choice import Choice, choose
-from moe_planner.cost import HOURS_PER_MONTH
+from moe_planner.cost import HOURS_PER_MONTH, MILLION, Tariff
 from moe_planner.exchange import ACTIVATION_BYTES, DISPATCH_BYTES
 from moe_planner.layouts import Impossible
 from moe_planner.memory import Ask
@@ -144,6 +145,7 @@ def render(catalog: Catalog | None = None) -> str:
     parts += _experts(known)
     parts += _exchange(known)
     parts += _rent(known)
+    parts += _break_evens()
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -250,8 +252,8 @@ def _rent(catalog: Catalog) -> list[str]:
     """What the hardware of profile C costs a month at the catalog's rents."""
     lines = [
         "## Rent of what fits V4-Pro\n",
-        "Said: 8×H100 for V4-Pro cost about $25K a month. They do not hold it in any form; at the catalog's rents"
-        f" ({HOURS_PER_MONTH:.0f} hours a month):\n",
+        f"Said: 8×H100 for V4-Pro cost about $25K a month, which is ${profiles.V4_RENT:.2f} a GPU-hour. They do not",
+        f"hold it in any form; at the catalog's rents ({HOURS_PER_MONTH:.0f} hours a month):\n",
         "| GPUs | USD per GPU-hour | USD a month | holds V4-Pro |",
         "| --- | --- | --- | --- |",
     ]
@@ -266,6 +268,46 @@ def _rent(catalog: Catalog) -> list[str]:
             month = rent * gpus * HOURS_PER_MONTH
             lines.append(f"| {gpus} × {name} | {rent:.2f} | {month:,.0f} | {' and '.join(forms) or 'no'} |")
     return [*lines, ""]
+
+
+def _break_evens() -> list[str]:
+    """What the articles' break-evens take for granted: docs/planner.md has the profiles that follow from it."""
+    lines = [
+        "## Break-evens\n",
+        "Said: 4×H100 with Qwen3 or Llama 4 beat a closed API from about 1.2 thousand million tokens a month of chat,",
+        "and from 600 million of completion. A break-even is rent over price, so each says what a million tokens must",
+        "have cost there. An H100-hour at $2 to $3, and the share of output among all tokens at which an API costs",
+        "that much:\n",
+        "| stated | rent a month | a million tokens, implied | output share, gpt-5.5 | claude-opus-4.7 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for stated in (profiles.STATED_CHAT, profiles.STATED_COMPLETION):
+        rents = [hourly * stated.gpus * HOURS_PER_MONTH for hourly in profiles.ARTICLE_RENTS]
+        implied = stated.implied()
+        cells = [
+            stated.name,
+            " to ".join(f"${rent:,.0f}" for rent in rents),
+            " to ".join(f"${price:.2f}" for price in implied),
+            " to ".join(_share(profiles.GPT, price) for price in implied),
+            " to ".join(_share(profiles.OPUS, price) for price in implied),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    blend = (profiles.OPEN_MODEL.input_usd_per_m, profiles.OPEN_MODEL.output_usd_per_m)
+    rent = profiles.ARTICLE_RENTS[0] * 4 * HOURS_PER_MONTH
+    volumes = [rent / price * MILLION / 1e9 for price in reversed(blend)]
+    return [
+        *lines,
+        "",
+        "Both hold only for workloads of that mix (none: below the price of input alone, which takes a cache), if the",
+        f"GPUs serve the volume, and against those prices: against an open model at ${blend[0]:.2f}/${blend[1]:.2f}",
+        f"the same GPUs at $2 break even from {volumes[0]:.1f} (all output) to {volumes[1]:.1f} (all input) thousand",
+        "million tokens.\n",
+    ]
+
+
+def _share(tariff: Tariff, price: float) -> str:
+    found = output_share(tariff, price)
+    return "none" if found is None else f"{found:.0%}"
 
 
 def _gb(size: float) -> str:

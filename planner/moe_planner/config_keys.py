@@ -60,6 +60,10 @@ class Keys:
     def is_text(self, name: str) -> bool:
         return isinstance(self._get(name), str)
 
+    def names(self) -> list[str]:
+        """The keys of this object."""
+        return list(self._values)
+
     def has(self, name: str) -> bool:
         return self._get(name) is not None
 

@@ -38,6 +38,17 @@ def test_bytes_reproduce_the_published_checkpoint(key: str) -> None:
     assert 0.97 < size / facts.checkpoint_gb < 1.0
 
 
+# Table 1 of the gpt-oss model card (OpenAI): checkpoints without a layer that speculates, in GiB.
+CARDS = {"gpt-oss-20b": 12.8, "gpt-oss-120b": 60.8}
+
+
+@pytest.mark.parametrize("key", CARDS)
+def test_bytes_of_mxfp4_are_those_of_the_card(key: str) -> None:
+    facts = packaged().models[key]
+    size = weights.total_bytes(facts, packaged().precisions[facts.native]) / GIB
+    assert size == pytest.approx(CARDS[key], rel=0.002)
+
+
 MADE_SMALLER: dict[str, tuple[str, str, float]] = {
     "R1 in NVFP4, by TensorRT-LLM's blog03": ("deepseek-v3", "nvfp4", 400),
     "V4-Pro in NVFP4, by vllm-project/recipes PR 779": ("deepseek-v4-pro", "nvfp4", 913),

@@ -111,6 +111,45 @@ FORMS: dict[str, tuple[dict[str, Any] | None, str]] = {
         "int4-experts",
     ),
 }
+LAYERS = range(94)
+WIDE = ["lm_head", "re:.*self_attn.*"]
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+# What checkpoints leave in 16 bits, and whether their form is counted so.
+LEFT_OUT: dict[str, tuple[dict[str, Any], str | None]] = {
+    "norms and gates of FP8": (
+        {"quant_method": "fp8", "modules_to_not_convert": [
+            f"model.layers.{layer}.{part}" for layer in LAYERS for part in ("post_attention_layernorm", "mlp.gate")]},
+        "fp8"),
+    "attention of FP8, by a pattern": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": WIDE}, None),
+    "attention of FP8, layer by layer": (
+        {"quant_method": "fp8", "modules_to_not_convert": [f"layers.{n}.self_attn.q_proj" for n in LAYERS]}, None),
+    "attention of AWQ, by its name": (
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["self_attn"]}, None),
+    "the gate alone, of AWQ": (
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["gate"]}, "awq"),
+    "attention of NVFP4": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": WIDE}, "nvfp4"),
+    "the head alone, of NVFP4": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}, None),
+    "attention of some layers": (
+        {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.self_attn.q_proj"]}, None),
+    "two groups": (
+        {**PACKED, "config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}}, None),
+    "a group of another name": (
+        {**PACKED, "config_groups": {"W4A16": {"weights": {"num_bits": 4, "group_size": 128}}}, "ignore": ["lm_head"]},
+        "gptq"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_a_checkpoint_leaves_wide_is_as_counted_or_refused(name: str) -> None:
+    quantized, wanted = LEFT_OUT[name]
+    if wanted is not None:
+        assert read({**QWEN, "quantization_config": quantized}).native == wanted
+        return
+    with pytest.raises(CatalogInvalid, match=r"quantization_config\.\w+: .*entry by hand"):
+        read({**QWEN, "quantization_config": quantized})
+
+
 QWEN = PUBLISHED["Qwen/Qwen3-235B-A22B"]
 
 

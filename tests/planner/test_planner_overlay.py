@@ -123,6 +123,12 @@ WRONG: dict[str, tuple[str, str]] = {
     "a kind of attention that is none": (
         changed("max_context = 65536", 'attention = "flash"'), "attention: must be one of gqa, mla, csa, deltanet"),
     "more experts a token than there are": (changed("max_context = 65536", "topk = 129"), "topk: 129 of 128 experts"),
+    "other parameters cut in no known way": (
+        changed("max_context = 65536", 'others = [{name = "x", params = 1, cut = "sideways"}]'),
+        "mine.others: cut must be one of expert, tensor, kv, none"),
+    "other parameters below nothing": (
+        changed("max_context = 65536", 'others = [{name = "x", params = -1}]'), "mine.others: params must be a whole"),
+    "other parameters without a count": (changed("max_context = 65536", 'others = [{name = "x"}]'), "mine.others: "),
     "an unknown figure of a GPU": (changed("memory_gb = 100", "memory_tb = 1"), "my-gpu.memory_tb: is not known"),
     "a GPU without memory": (changed("memory_gb = 100\n", ""), "mine.toml: my-gpu: has neither memory_mib nor"),
     "a rent of nothing": (changed("hour = 1.5", "hour = 0"), "nvidia-h100.rent_usd_per_hour: must be above zero"),
