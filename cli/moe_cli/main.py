@@ -357,9 +357,12 @@ def plan(
     from moe_core.clock import SystemClock
 
     if profiles:
-        from moe_cli.plan_text import profile_lines
+        from moe_cli.plan_text import profile_lines, profiles_json
 
         say = Say()
+        if as_json:
+            say.line(profiles_json())
+            return
         for line in profile_lines():
             say.line(line)
         return

@@ -12,7 +12,7 @@ from typing import Any
 from moe_api.enums import Overflow
 from moe_api.load import ResourceInvalid, load_object
 from moe_api.spec import MoEDeploymentSpec
-from moe_api.spec_model import HardwareSpec
+from moe_api.spec_model import HardwareSpec, ParallelismSpec
 from moe_api.v1alpha1 import MoEDeployment
 from moe_cli.arrivals import Arrival, read_trace
 from moe_cli.files import read
@@ -29,7 +29,7 @@ from moe_planner.fit import FitVerdict
 from moe_planner.memory import Ask
 from moe_planner.mix import Mixes, Replica, Trace, mixes
 from moe_planner.profiles import CHAT, COMPLETION
-from moe_planner.search import Option, Place, Slo, Traffic
+from moe_planner.search import Found, Option, Place, Slo, Traffic
 from moe_planner.speed import SpeedUnknown
 
 OUTPUTS = (".html", ".svg")
@@ -141,11 +141,12 @@ def _answer(options: PlanOptions) -> Answer:
         context=spec.engine.max_model_len,
         gammas=search.GAMMAS if options.capacity or spec.experts.overflow is not Overflow.UNLIMITED else (None,),
     )
-    chosen = found.best or found.nearest
-    if chosen is None:
+    best = found.best or found.nearest
+    if best is None:
         largest = max(places, key=lambda place: place.gpus * place.accelerator.memory_bytes)
         verdict = fit.check(_placed(resource, largest), catalog)
         return Answer(resource, verdict, traffic, slo, ask=asked, found=found)
+    chosen = _launched(resource, best, found, catalog)
     launch = _launch(resource, chosen, asked, catalog)
     apis = _apis(options, resource, listed)
     workloads = (Workload("asked", traffic.input_tokens, traffic.output_tokens, traffic.cached_share), CHAT, COMPLETION)
@@ -293,6 +294,15 @@ def price_of(model: str, listed: Mapping[str, Tariff]) -> Tariff | None:
     """A price by the provider's own name of a model, which writes versions with dots or dashes."""
     wanted = model.lower().replace("-", ".")
     return next((price for name, price in listed.items() if name.replace("-", ".") == wanted), None)
+
+
+def _launched(resource: MoEDeployment, best: Option, found: Found, catalog: Catalog) -> Option:
+    """The cheapest option of the layout that the operator takes where the file leaves it out, if it keeps the SLO."""
+    if resource.spec.parallelism != ParallelismSpec():
+        return best
+    plan = fit.check(_placed(resource, best.place), catalog).plan
+    same = [o for o in found.options if plan is not None and (o.place, o.layout) == (best.place, plan.layout)]
+    return min(same, key=search.preference, default=best)
 
 
 def _launch(resource: MoEDeployment, chosen: Option, ask: Ask, catalog: Catalog) -> Launch:

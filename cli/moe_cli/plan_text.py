@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import yaml
 
@@ -121,6 +124,12 @@ def _launch(answer: Answer) -> Iterator[str]:
     if launch is None:
         return
     yield "Launch: write this into spec, or leave parallelism out and let the operator choose"
+    best = None if answer.found is None else answer.found.best
+    if best is not None and answer.chosen is not None and best.layout != answer.chosen.layout:
+        yield (
+            f"  Cheaper for this traffic by prediction: {best.layout}, {_usd(best.usd_per_m)} per 1M against"
+            f" {_usd(answer.chosen.usd_per_m)}. Sizes that are written into spec.parallelism stand."
+        )
     for line in yaml.safe_dump(dict(launch.spec), sort_keys=False, default_flow_style=None).rstrip().splitlines():
         yield f"  {line}"
     if launch.arguments is None:
@@ -200,6 +209,8 @@ def _explain(answer: Answer) -> Iterator[str]:
     chosen, found = answer.chosen, answer.found
     if chosen is not None and answer.keeps_slo:
         yield "Why this one: the cheapest that keeps the SLO; of equals, the one of fewest GPUs, uncapped, quickest."
+        if found is not None and found.best != chosen:
+            yield "  Its layout is the operator's own choice, which another must beat by the calibration's error."
     if chosen is not None:
         total = sum(chosen.speed.parts.values())
         told = [f"{name} {part * 1000:.2f} ms ({part / total:.0%})" for name, part in chosen.speed.parts.items()]
@@ -268,6 +279,17 @@ def profile_lines() -> Iterator[str]:
     for profile in profiles():
         yield ""
         yield from _profile(profile)
+
+
+def profiles_json() -> str:
+    """The same as one document: tokens a month and USD as numbers, field names as in the planner's own types."""
+    rows: dict[str, Sequence[Any]] = {"reproduced": reproduced(), "needed": assumptions(), "profiles": profiles()}
+    return json.dumps(
+        {name: [asdict(row) for row in found] for name, found in rows.items()},
+        ensure_ascii=False,
+        default=str,
+        indent=2,
+    )
 
 
 def _reproduced(row: Reproduced) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def candidates(
     good = tuple(at for at in sound if served(at, asked))
     if good:
         return good
-    if sound:
+    if sound or (problems and asked == ParallelismSpec() and not redundant):
         return Impossible(_unserved(asked, gpus, model))
     if not problems:
         return Impossible(

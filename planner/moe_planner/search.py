@@ -182,7 +182,7 @@ def plan(
                 options.append(found)
             else:
                 rejected.append(found)
-    best = min(options, key=_preference, default=None)
+    best = min(options, key=preference, default=None)
     return Found(tuple(options), pareto(options), best, tuple(rejected), slo)
 
 
@@ -201,7 +201,7 @@ def pareto(options: Sequence[Option]) -> tuple[Option, ...]:
     return tuple(front)
 
 
-def _preference(option: Option) -> tuple[float, ...]:
+def preference(option: Option) -> tuple[float, ...]:
     """Cheapest; then fewest GPUs, no cap, no spare experts, and quickest."""
     cost, throughput, latency = option.bounds
     return (cost, option.gpus, float(option.gamma is not None), option.redundant, throughput, latency)

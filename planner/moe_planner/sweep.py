@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_planner import layouts, roofline, speed
+from moe_planner import exchange, layouts, roofline, speed
 from moe_planner.calibration import Factors
 from moe_planner.catalog import Accelerator, Catalog, ModelFacts, Precision
 from moe_planner.exchange import traffic
@@ -154,9 +154,10 @@ def _rates(
 
 
 def _link(accelerator: Accelerator, name: str) -> float:
-    if name == "network":
-        return accelerator.nic_bytes_s or np.nan
-    return accelerator.nvlink_bytes_s or accelerator.pcie_bytes_s or np.nan
+    """Bytes a second of what joins GPUs inside a domain, or domains; NaN where that is not known."""
+    domain = accelerator.domain_gpus
+    found = exchange.network(accelerator, domain + 1) if name == "network" else exchange.link(accelerator, 2)
+    return np.nan if isinstance(found, str) else found.bytes_s
 
 
 def _columns(rates: dict[str, Matrix], columns: list[int]) -> Rates:
