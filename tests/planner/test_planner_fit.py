@@ -101,8 +101,8 @@ def test_what_others_saw(name: str) -> None:
 
 
 # P513 (gpustack's performance lab, vLLM 0.13.0): V3.2 with DP8 and EP8 on 8×H200 ran out of memory at its whole context
-# and ran at half of it. That vLLM took steps of 8,192 tokens, which data ranks gather from each other (15 GiB of buffers
-# for experts), and nine tenths of the GPU; with the smaller step that is chosen here, one sequence of it fits.
+# and ran at half of it. That vLLM took steps of 8,192 tokens, which data ranks gather from each other (15 GiB to
+# run experts in), and nine tenths of the GPU; with the smaller step that is chosen here, one sequence of it fits.
 DEFAULTS = {"maxBatchedTokens": 8192, "extraArgs": {"gpu-memory-utilization": "0.9"}}
 V32: dict[str, tuple[dict[str, Any], bool]] = {
     "as it was run, whole context": ({"maxModelLen": 163_840, **DEFAULTS}, False),
