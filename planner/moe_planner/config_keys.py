@@ -12,6 +12,10 @@ LARGEST = 10**9
 """No dimension of a model is larger; what is would only overflow later."""
 
 
+DEPTHS = frozenset({"num_hidden_layers", "n_layers", "num_layers"})
+DEEPEST = 10_000
+"""No model has more layers; readers look at each."""
+
 SHAPES = re.compile(
     r"(_|^)(hidden|intermediate|inner|latent|ffn)_(size|dim)|_lora_rank|_expert|expert_|shared_|residual|"
     r"(_|^)(mamba|ssm|conv|kda|linear|mla|attn|attention|moe|swa|index)_|_heads|_layers|_gate|(_|^)gating|_norm$|_bias$|"
@@ -101,8 +105,9 @@ class Keys:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise self.wrong(name, f"must be a whole number, the same for all layers; it is {str(value)[:40]}")
-            if not least <= value <= LARGEST:
-                raise self.wrong(name, f"must be {least} to {LARGEST}; it is {value}")
+            most = DEEPEST if name in DEPTHS else LARGEST
+            if not least <= value <= most:
+                raise self.wrong(name, f"must be {least} to {most}; it is {value}")
             return value
         if default is None:
             raise self.wrong(names[0], "is missing")
