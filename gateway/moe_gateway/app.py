@@ -31,6 +31,8 @@ _NOT_SERVED = {
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
+BODY_BYTES_PER_S = 1024
+"""A body that comes more slowly is not waited for, once `limits.clientStallS` have passed."""
 PROMPTS = ("messages", "input", "prompt")
 """Where calls have their prompt."""
 
@@ -160,7 +162,8 @@ class App:
                 raise _too_large(limit)
             if not message.get("more_body"):
                 break
-            call.since_s = self._gateway.clock.monotonic()
+            # Each byte buys time, so that one now and then does not hold a place for ever.
+            call.since_s = min(self._gateway.clock.monotonic(), call.arrived_s + size / BODY_BYTES_PER_S)
         if too_large:
             raise _too_large(limit)
         return parts[0] if len(parts) == 1 else b"".join(parts)

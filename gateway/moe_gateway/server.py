@@ -20,13 +20,13 @@ from moe_gateway.app import App
 from moe_gateway.boards import BoardPoller
 from moe_gateway.budget import BudgetUnavailable
 from moe_gateway.external import ExternalCollector, ExternalPoller
+from moe_gateway.front import KEEP_ALIVE_S, Front
 from moe_gateway.reload import ConfigWatch
 from moe_gateway.settings import ConfigRefused
 from moe_gateway.state import Gateway
 
 STALL_CHECK_S = 0.25
 ABORT_GRACE_S = 2.0
-KEEP_ALIVE_S = 75
 
 
 class _Uvicorn(uvicorn.Server):
@@ -128,7 +128,7 @@ class GatewayServer:
         server = uvicorn.Config(
             App(self.gateway),
             loop="none",
-            http="httptools",
+            http=Front,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -150,6 +150,11 @@ class GatewayServer:
         while True:
             await self.gateway.clock.sleep(STALL_CHECK_S)
             self.gateway.stop_stalled()
+            if self._uvicorn is not None:
+                now_s = asyncio.get_running_loop().time()
+                for connection in list(self._uvicorn.server_state.connections):
+                    if isinstance(connection, Front):
+                        connection.look(now_s)
 
 
 async def run(server: GatewayServer, announce: Callable[[GatewayServer], None]) -> int:
