@@ -137,7 +137,9 @@ class Attempt:
             document = orjson.loads(openai)
         except ValueError:  # orjson's own error is one
             raise UpstreamFailed(Fault.MALFORMED, "the answer is not JSON", maybe_billed=True) from None
-        if isinstance(document, dict) and document.get("error") is not None:
+        if not isinstance(document, dict):
+            raise UpstreamFailed(Fault.MALFORMED, "the answer is no JSON object", maybe_billed=True)
+        if document.get("error") is not None:
             raise UpstreamFailed(Fault.IN_BAND, "the answer holds an error")
         self._usage = read_usage(document)
         call, upstream = self._call, self._upstream
