@@ -89,6 +89,16 @@ async def test_anyone_else_is_told_401(path: str, tmp_path: Path) -> None:
         assert local.requests == []
 
 
+async def test_a_stranger_at_anthropics_call_is_told_in_anthropics_form(tmp_path: Path) -> None:
+    auth = mounted(tmp_path / "keys", acme=ACME)
+    body = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Say hello"}]}
+    async with FakeUpstream() as local, running(config(local, auth=auth)) as client:
+        refused = await client.post(body, "/v1/messages", x_api_key="nobody")
+        assert (refused.status, refused.json["type"]) == (401, "error")
+        assert refused.json["error"]["type"] == "authentication_error"
+        assert (await client.post(body, "/v1/messages", x_api_key=ACME)).status == 200
+
+
 async def test_keys_are_rotated_without_a_restart(tmp_path: Path) -> None:
     auth = mounted(tmp_path / "keys", acme=ACME)
     new = "acme-new-77b2c3d4e5f60718293a"

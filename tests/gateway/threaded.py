@@ -53,7 +53,11 @@ class Reply:
     @property
     def code(self) -> str | None:
         """The code of the one error that it holds; fails where it holds none."""
-        error = json.loads(self.body)["error"]
+        document = json.loads(self.body)
+        error = document["error"]
+        if document.get("type") == "error":  # in Anthropic's form
+            assert {"type", "message"} <= set(error)
+            return str(error["type"])
         assert set(error) == {"message", "type", "code", "param"}
         code: str | None = error["code"]
         return code
