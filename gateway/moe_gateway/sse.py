@@ -17,7 +17,7 @@ class SseScanner:
     """Feed it chunks; it gives back the bytes to send on, and keeps what it saw.
 
     Only whole events are given back, so that an error event can follow at any time. With `strip_usage` the final
-    usage event, which the client did not ask for, is left out. After `malformed` or `error` nothing more is read.
+    usage event, which the client did not ask for, is left out. After `malformed`, `error` or [DONE] nothing is read.
     """
 
     def __init__(self, strip_usage: bool = False) -> None:
@@ -60,7 +60,7 @@ class SseScanner:
 
     def _single(self, event: bytes) -> bytes:
         """One whole event of one line, which is what nearly every chunk of a stream is."""
-        if self.broken:
+        if self.broken or self.done:
             return b""
         try:
             document = orjson.loads(event[6:])
@@ -77,7 +77,7 @@ class SseScanner:
     def _read(self, data: bytes) -> bytes:
         kept: list[bytes] | None = None
         start = 0
-        while start < len(data) and not self.broken:
+        while start < len(data) and not self.broken and not self.done:
             end = event_end(data, start) or len(data)
             event = data[start:end]
             keep = self._event(event)
