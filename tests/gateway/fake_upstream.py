@@ -71,6 +71,7 @@ class FakeUpstream:
         self.requests: list[dict[str, Any]] = []
         self.bodies: list[bytes] = []
         self.headers: list[Mapping[str, str]] = []
+        self.paths: list[str] = []
         self.gone = asyncio.Event()
         self.sent_bytes = 0
         self.digests: Any = []
@@ -114,6 +115,7 @@ class FakeUpstream:
         self.bodies.append(raw)
         self.requests.append(document)
         self.headers.append(request.headers.copy())
+        self.paths.append(request.path_qs)
         how = self.behaviours.pop(0) if self.behaviours else self.default
         try:
             return await self._behave(request, document, how)
@@ -130,7 +132,7 @@ class FakeUpstream:
         if how.status != 200:
             body = how.body if how.body is not None else b'{"error":{"message":"told to fail"}}'
             return web.Response(status=how.status, body=body, content_type="application/json", headers=how.headers)
-        if not document.get("stream"):
+        if not (document.get("stream") or "stream" in request.path):
             if how.gate is not None:
                 await how.gate.wait()
             return self._whole(document, how)
@@ -139,7 +141,7 @@ class FakeUpstream:
     def _whole(self, document: dict[str, Any], how: Behaviour) -> web.Response:
         answer = {
             "id": "c1",
-            "model": document["model"],
+            "model": document.get("model"),
             "choices": [{"index": 0, "message": {"role": "assistant", "content": "hello " * how.tokens}}],
             "usage": {"prompt_tokens": how.prompt_tokens, "completion_tokens": how.tokens},
         }
