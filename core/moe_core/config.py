@@ -69,6 +69,7 @@ class SpillConfig(Model):
     miss_probability: float = Field(default=0.5, ge=0, le=1)
     share_cap: float = Field(default=1.0, ge=0, le=1)
     usd_per_day: Decimal | None = Field(default=None, description="None: no fallback spending is allowed beyond zero")
+    usd_per_month: Decimal | None = Field(default=None, ge=0, description="None: no bound but the day's")
 
 
 class GatewayLimits(Model):
@@ -122,6 +123,22 @@ class TracingConfig(Model):
     sample: float = Field(default=1.0, ge=0, le=1, description="share of requests whose client has not decided")
 
 
+class BudgetStoreConfig(Model):
+    """What keeps the budget between the processes and pods of a gateway."""
+
+    kind: Literal["SQLite", "PostgreSQL", "Valkey", "Object"] = "SQLite"
+    url_file: str | None = Field(default=None, description="file with the address, for PostgreSQL and Valkey")
+    object: str | None = Field(default=None, description="namespace/name of a ConfigMap, for Object")
+    pods: int = Field(default=1, ge=1, description="most pods that use it at once; SQLite serves one")
+
+
+class TenantBudgets(Model):
+    """What tenants may spend of the deployment's budget, each."""
+
+    usd_per_day: Decimal | None = Field(default=None, ge=0, description="of each that is not named; None: no own bound")
+    tenants: dict[str, Annotated[Decimal, Field(ge=0)]] = Field(default_factory=dict)
+
+
 class GatewayConfig(Model):
     """Everything a gateway process knows."""
 
@@ -146,6 +163,8 @@ class GatewayConfig(Model):
     tracing: TracingConfig | None = Field(default=None, description="None: no traces, at no cost")
     log_ok_share: float = Field(default=1.0, ge=0, le=1, description="share of lines of requests that went well")
     log_prompts: bool = Field(default=False, description="prompts into the log: for debugging, never for production")
+    budget_store: BudgetStoreConfig = BudgetStoreConfig()
+    tenant_budgets: TenantBudgets = TenantBudgets()
     price_file: str | None = Field(
         default=None, description="TOML or JSON with prices of models, in place of the catalog's"
     )

@@ -1,221 +1,351 @@
-"""The money: reserve before a paid call, settle after it, in one SQLite file that outlives the process.
+"""The money: reserve before a paid call, settle after it, from a tranche leased of books that all processes share.
 
-Amounts are integers of pico-dollars (tokens × dollars per million tokens are exact in them), so sums never drift. A
-reservation counts in full until it is settled; one whose process died stays counted for its day, because nobody knows
-what the provider billed. A store that cannot be used allows no spending.
+Amounts are integers of pico-dollars, so sums never drift. A reservation counts in full until it is settled, against the
+day on which it was made. Whoever cannot reach the books spends nothing, not even what is left of its tranche: nobody
+would know of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from decimal import ROUND_CEILING, Decimal
+import uuid
+from collections.abc import Awaitable, Callable
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from moe_core.clock import Clock
 from moe_core.log import get_log
+from moe_core.prices import PICO, pico
+from moe_gateway.money import DEPLOYMENT, Book, BookInvalid, Entry, Limits, Spent, utc_day
+from moe_gateway.money_journal import Account, Found, Journal, Reserved, orphans
+from moe_gateway.money_store import Store, StoreGone
 
 T = TypeVar("T")
-PICO = Decimal(10) ** 12
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS spend (day TEXT NOT NULL, target TEXT NOT NULL, pico INTEGER NOT NULL,
-                                  PRIMARY KEY (day, target));
-CREATE TABLE IF NOT EXISTS reserved (id TEXT PRIMARY KEY, day TEXT NOT NULL, target TEXT NOT NULL,
-                                     pico INTEGER NOT NULL);
-CREATE INDEX IF NOT EXISTS reserved_by_day ON reserved (day);
-"""
+TICK_S = 1.0
+LOOK_S = 5.0
+"""Longest time between two looks at the books."""
+CALL_S = 4.0
+TRIES = 100
 
 
 class BudgetUnavailable(Exception):
     """The store cannot be used; nothing may be spent."""
 
 
-def utc_day(unix_s: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(unix_s))
-
-
-class BudgetStore:
-    """The SQLite file. Every method is one transaction, safe against other processes. Used from one thread."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
-
-    def close(self) -> None:
-        self._db.close()
-
-    def reserve(self, reservation: str, day: str, target: str, usd: Decimal, limit_usd: Decimal) -> bool:
-        """Set `usd` aside if spent + reserved + `usd` stays within the limit of the day."""
-        pico = _pico(usd)
-        with self._transaction() as db:
-            if self._used_pico(db, day) + pico > _pico(limit_usd):
-                return False
-            db.execute("INSERT INTO reserved VALUES (?, ?, ?, ?)", (reservation, day, target, pico))
-            return True
-
-    def settle(self, reservation: str, usd: Decimal) -> None:
-        """Replace a reservation by what was spent. Does nothing for one that is unknown or settled."""
-        with self._transaction() as db:
-            row = db.execute("SELECT day, target FROM reserved WHERE id = ?", (reservation,)).fetchone()
-            if row is None:
-                return
-            db.execute("DELETE FROM reserved WHERE id = ?", (reservation,))
-            if usd > 0:
-                db.execute(
-                    "INSERT INTO spend VALUES (?, ?, ?)"
-                    " ON CONFLICT (day, target) DO UPDATE SET pico = pico + excluded.pico",
-                    (*row, _pico(usd)),
-                )
-
-    def used_usd(self, day: str) -> Decimal:
-        """Spent and reserved on a day."""
-        return self._used_pico(self._db, day) / PICO
-
-    def spent_usd(self, day: str) -> dict[str, Decimal]:
-        """Settled spending of a day by target."""
-        rows = self._db.execute("SELECT target, pico FROM spend WHERE day = ?", (day,)).fetchall()
-        return {target: pico / PICO for target, pico in rows}
-
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-    @staticmethod
-    def _used_pico(db: sqlite3.Connection, day: str) -> int:
-        row = db.execute(
-            "SELECT (SELECT COALESCE(SUM(pico), 0) FROM spend WHERE day = ?1)"
-            " + (SELECT COALESCE(SUM(pico), 0) FROM reserved WHERE day = ?1)",
-            (day,),
-        ).fetchone()
-        return int(row[0])
-
-
-class _Transaction:
-    """BEGIN IMMEDIATE, so that what is read cannot change before what is written."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
-
-
 class Budget:
-    """The budget as the event loop uses it: the store on a thread of its own, in order, and a cached remainder.
+    """The budget as the event loop uses it. `run` it as a task, `close` it in the end.
 
-    The remainder informs decisions; only `reserve` grants. `limit_usd` None allows nothing that costs anything.
+    What is left informs decisions; only `reserve` grants. Without a store nothing that costs anything is allowed.
     """
 
-    def __init__(self, path: Path | None, limit_usd: Decimal | None, clock: Clock) -> None:
-        self._path = path
-        self._limit_usd = limit_usd
+    def __init__(self, store: Store | None, limits: Limits, clock: Clock, folder: Path | None = None) -> None:
+        self._store = store
+        self._limits = limits
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="budget")
-        self._store: BudgetStore | None = None
-        self._settling: set[asyncio.Future[None]] = set()
-        self._day = ""
-        self._left_usd: Decimal | None = None
+        self._folder = folder
+        self._holder = uuid.uuid4().hex
+        self._journal: Journal | None = None
+        self._account = Account()
+        self._granted: dict[str, dict[str, int]] = {}
+        """Day → scope → what the books say that we hold, or less. Lowered before the books are, raised after them."""
+        self._ending: set[str] = set()
+        """Days whose account is being ended: nobody knows yet whether it was."""
+        self._book = Book()
+        self._left: dict[tuple[str, str], int] = {}
+        self._turn = asyncio.Lock()
+        self._leases: set[asyncio.Task[bool]] = set()
+        self._used: dict[tuple[str, str], int] = {}
+        """(day, scope) → spent and set aside by us."""
+        self._uncertain = False
+        """A write of ours may be under way still. The next one that is answered makes it too late for it."""
+        self._dirty = False
+        self._looked_s = float("-inf")
+        self._spent_since = 0
+        self.gone: str | None = None
+        """Why the store cannot be used, while it cannot."""
         self._log = get_log("gateway.budget")
 
     async def open(self) -> None:
-        """Open the store and learn what is left. Raises BudgetUnavailable."""
-        await self._refresh()
-
-    async def limit(self, usd: Decimal | None) -> None:
-        """Take another daily limit from now on. Where the store cannot be used, nothing is spent until it can."""
-        if usd == self._limit_usd:
+        """Read the books, and give back what dead processes on this disk had held. Raises BudgetUnavailable."""
+        if self._store is None:
             return
-        self._limit_usd, self._day = usd, ""
+        await self._in_turn(self._look)
+
+    async def run(self) -> None:
+        """Keep the books and the tranche up to date until cancelled."""
+        while True:
+            await self._clock.sleep(TICK_S)
+            await self.tick()
+
+    async def tick(self) -> None:
+        """Report, give back what is not needed, and look at the books, where it is time for it."""
+        idle = self.gone is None and not self._dirty
+        if self._store is None or (idle and self._clock.monotonic() - self._looked_s < LOOK_S):
+            return
         try:
-            await self._refresh()
-        except BudgetUnavailable as error:
-            self._log.error("the budget store cannot be used; nothing is spent", error=str(error))
+            await self._in_turn(self._report)
+        except BudgetUnavailable:
+            return  # said where it was noticed
 
-    def left_usd(self) -> Decimal | None:
+    async def limit(self, limits: Limits) -> None:
+        """Take other limits from now on. What is held under the old ones goes back first."""
+        if limits == self._limits:
+            return
+        self._limits, self._left = limits, {}
+        self._dirty, self._spent_since = True, 0
+        for day in self._granted:
+            self._lower(day, keep=0)
+        await self.tick()
+
+    def left_usd(self, tenant: str | None = None) -> Decimal | None:
         """What may still be spent today as far as known; None where nothing may."""
-        if self._limit_usd is None:
+        if self._store is None or self._limits.usd_per_day is None:
             return None
-        return self._left_usd if self._day == utc_day(self._clock.time()) else self._limit_usd
+        if self.gone is not None:
+            return Decimal(0)
+        day = utc_day(self._clock.time())
+        left = [
+            max(0, self._free(day, scope)) + self._left_in_books(day, scope) for scope in self._limits.scopes(tenant)
+        ]
+        return max(Decimal(0), min(left) / PICO)
 
-    async def reserve(self, reservation: str, target: str, usd: Decimal) -> bool:
-        """Set the most that a call may cost aside. False: it would pass the budget. Raises BudgetUnavailable."""
+    async def reserve(self, reservation: str, target: str, usd: Decimal, tenant: str | None = None) -> bool:
+        """Set the most that a call may cost aside. False: it would pass a budget. Raises BudgetUnavailable."""
         if usd == 0:
             return True
-        limit = self._limit_usd
-        if limit is None or self._path is None:
+        if self._store is None or self._limits.usd_per_day is None:
             return False
-        day = utc_day(self._clock.time())
-        granted = await self._run(lambda store: store.reserve(reservation, day, target, usd, limit))
-        await self._refresh()
-        return granted
+        if self.gone is not None:
+            raise BudgetUnavailable(self.gone)
+        wanted = Reserved(utc_day(self._clock.time()), tenant or "", target, pico(usd))
+        scopes = self._limits.scopes(tenant)
+        if not self._covers(wanted, scopes):
+            # Whoever asked may go away; the lease ends by itself, for whoever comes next.
+            lease = asyncio.ensure_future(self._in_turn(lambda: self._grow(wanted, scopes)))
+            self._leases.add(lease)
+            lease.add_done_callback(self._leases.discard)
+            lease.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if not await asyncio.shield(lease) or not self._covers(wanted, scopes):
+                return False
+        self._set_aside(reservation, wanted)
+        return True
 
     def settle(self, reservation: str, usd: Decimal) -> None:
-        """Say what a call cost, from any point of its end; the store follows in the background, in order.
-
-        Where that fails the reservation stays, which counts the call in full.
-        """
-        if self._path is None:
+        """Say what a call cost, from any point of its end. Does nothing for one that is unknown or settled. Where it
+        cannot be written down the reservation stays, which counts the call in full."""
+        if reservation not in self._account.reserved:
             return
-        task = asyncio.ensure_future(self._settle(reservation, usd))
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
+        amount = pico(usd)
+        try:
+            if self._journal is not None:
+                self._journal.settle(reservation, amount)
+        except OSError as error:
+            self._log.error("a call could not be settled; its reservation stays", error=str(error), usd=str(usd))
+            return
+        self._count(self._account.reserved[reservation], amount - self._account.reserved[reservation].pico)
+        self._account.settle(reservation, amount)
+        self._spent_since += amount
+        self._dirty = True
 
     def release(self, reservation: str) -> None:
         """Give back a reservation whose call was never sent."""
         self.settle(reservation, Decimal(0))
 
     async def close(self) -> None:
-        """Wait for what is being settled, then close the store."""
-        while self._settling:
-            await asyncio.gather(*self._settling, return_exceptions=True)
-        store = self._store
-        if store is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, store.close)
-        self._thread.shutdown()
-
-    async def _settle(self, reservation: str, usd: Decimal) -> None:
-        try:
-            await self._run(lambda store: store.settle(reservation, usd))
-            await self._refresh()
-        except BudgetUnavailable as error:
-            self._log.error("a call could not be settled; its reservation stays", error=str(error), usd=str(usd))
-
-    async def _refresh(self) -> None:
-        limit = self._limit_usd
-        if limit is None or self._path is None:
+        """End the account: what was spent is written down, the rest is given back."""
+        if self._store is None:
             return
-        day = utc_day(self._clock.time())
-        used = await self._run(lambda store: store.used_usd(day))
-        if limit == self._limit_usd:  # else it was changed meanwhile, and is counted anew
-            self._day, self._left_usd = day, max(Decimal(0), limit - used)
+        await asyncio.gather(*self._leases, return_exceptions=True)
+        for row in list(self._account.reserved):
+            self._account.settle(row, self._account.reserved[row].pico)
+        try:
+            await self._in_turn(self._end_all)
+        except BudgetUnavailable:
+            self._log.warning("what was spent could not be written down; the journal keeps it, where there is one")
+        if self._journal is not None:
+            self._journal.end(keep=bool(self._granted or self._account.spent))
+        await self._store.close()
 
-    async def _run(self, work: Callable[[BudgetStore], T]) -> T:
-        def call() -> T:
-            path = self._path
-            if path is None:
-                raise BudgetUnavailable("there is no state folder")
+    async def books(self) -> Book:
+        """The books as they are now, with our own account in them. Raises BudgetUnavailable."""
+        if self._store is not None:
+            self._dirty = True
+            await self._in_turn(self._report)
+        return self._book
+
+    # What we hold
+
+    def _free(self, day: str, scope: str) -> int:
+        return self._granted.get(day, {}).get(scope, 0) - self._used.get((day, scope), 0)
+
+    def _count(self, row: Reserved, amount: int) -> None:
+        for scope in {DEPLOYMENT, row.tenant}:
+            key = (row.day, scope)
+            self._used[key] = self._used.get(key, 0) + amount
+
+    def _covers(self, wanted: Reserved, scopes: tuple[str, ...]) -> bool:
+        if wanted.day in self._ending:
+            return False
+        return all(self._free(wanted.day, scope) >= wanted.pico for scope in scopes)
+
+    def _set_aside(self, reservation: str, wanted: Reserved) -> None:
+        try:
+            if self._journal is not None:
+                self._journal.reserve(reservation, wanted)
+        except OSError as error:
+            raise BudgetUnavailable(f"the journal in {self._folder} cannot be written: {error.strerror}") from None
+        self._account.reserved[reservation] = wanted
+        self._count(wanted, wanted.pico)
+        self._dirty = True
+
+    def _lower(self, day: str, keep: int) -> None:
+        """Hold no more than what is spent, set aside, and `keep`."""
+        granted = self._granted[day]
+        for scope in granted:
+            granted[scope] = min(granted[scope], granted[scope] - self._free(day, scope) + keep)
+
+    def _left_in_books(self, day: str, scope: str) -> int:
+        key = (day, scope)
+        if key not in self._left:
+            self._left[key] = self._book.left(day, scope, self._limits)
+        return self._left[key]
+
+    # Trips to the books: one at a time
+
+    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do one thing with the store, alone. Remembers and says whether it can be used."""
+        async with self._turn:
             try:
-                if self._store is None:
-                    self._store = BudgetStore(path)
-                return work(self._store)
-            except (sqlite3.Error, OSError) as error:
-                if self._store is not None:
-                    self._store.close()
-                    self._store = None
-                raise BudgetUnavailable(f"{path}: {error}") from None
+                async with asyncio.timeout(CALL_S):
+                    done = await work()
+            except (StoreGone, BookInvalid, OSError) as error:
+                why = str(error) or type(error).__name__
+                if self.gone is None:
+                    self._log.error("the budget store cannot be used; nothing is spent", error=why)
+                self.gone = why
+                raise BudgetUnavailable(why) from None
+        if self.gone is not None:
+            self._log.info("the budget store is back")
+            self.gone = None
+        return done
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def _change(self, edit: Callable[[Book], T]) -> T:
+        """Read, edit and swap, until nobody was there first."""
+        if self._store is None:
+            raise StoreGone("there is no store")
+        for _ in range(TRIES):
+            found = await self._store.read()
+            book = Book.read(b"" if found is None else found.document)
+            before = book.write()
+            result = edit(book)
+            if book.write() == before and not self._uncertain:
+                self._seen(book)
+                return result
+            book.serial += 1
+            self._uncertain = True
+            swapped = await self._store.swap(None if found is None else found.version, book.write())
+            self._uncertain = False
+            if swapped:
+                self._seen(book)
+                return result
+        raise StoreGone("too many others write at once")
+
+    def _seen(self, book: Book) -> None:
+        self._book, self._left = book, {}
+        self._looked_s = self._clock.monotonic()
+
+    async def _look(self) -> None:
+        """Give back what the dead held; begin our own journal."""
+        if self._folder is not None:
+            for found in list(orphans(self._folder)):
+                self._uncertain = True  # of it, or of the dead
+                await self._change(partial(_end_for, found=found))
+                found.path.unlink(missing_ok=True)
+                self._log.info("a dead process's money was given back", holder=found.holder)
+            if self._journal is None:
+                self._journal = Journal(self._folder, self._holder)
+        await self._change(_nothing)
+
+    async def _grow(self, wanted: Reserved, scopes: tuple[str, ...]) -> bool:
+        """Take a tranche that covers a call. False: a budget would be passed."""
+        await self._settle_endings()
+        day = wanted.day
+        needs = {scope: wanted.pico - self._free(day, scope) for scope in scopes}
+        needs = {scope: need for scope, need in needs.items() if need > 0}
+        if not needs:
+            return True  # somebody before us in the queue took a tranche that is enough for both
+        if self._folder is not None and self._journal is None:
+            await self._look()
+
+        def edit(book: Book) -> dict[str, int] | None:
+            return book.lend(self._holder, day, self._entry(day), needs, self._limits)
+
+        self._granted.setdefault(day, {})  # so that a lease whose answer is lost goes back too
+        granted = await self._change(edit)
+        if granted is None:
+            return False
+        self._granted[day] = granted
+        return True
+
+    async def _report(self) -> None:
+        """Write down what was spent, keep as much as the last while needed, give back the rest; end days gone by."""
+        if self._journal is None and self._folder is not None:
+            await self._look()
+        await self._settle_endings()
+        self._dirty = False
+        keep, self._spent_since = 2 * self._spent_since, 0
+        today = utc_day(self._clock.time())
+        busy = {row.day for row in self._account.reserved.values()}
+        for day in self._granted:
+            if day == today or day in busy:
+                self._lower(day, keep if day == today else 0)
+            else:
+                self._ending.add(day)
+        await self._settle_endings()
+
+        def edit(book: Book) -> None:
+            for day in self._granted:
+                book.report(self._holder, day, self._entry(day))
+            book.tidy()
+
+        await self._change(edit)
+        if keep:
+            self._dirty = True  # to be given back when it was not needed after all
+        if self._journal is not None:
+            self._journal.compact(self._account)
+
+    async def _settle_endings(self) -> None:
+        """End the accounts that are to be ended. Doing it twice does nothing."""
+        for day in sorted(self._ending):
+            spent: Spent = self._account.spent.get(day, {})
+            await self._change(partial(_end, holder=self._holder, day=day, spent=spent))
+            if self._journal is not None:
+                self._journal.forget(day)
+            self._account.spent.pop(day, None)
+            self._granted.pop(day, None)
+            self._used = {key: used for key, used in self._used.items() if key[0] != day}
+            self._ending.discard(day)
+
+    async def _end_all(self) -> None:
+        self._ending.update(self._granted)
+        await self._settle_endings()
+
+    def _entry(self, day: str) -> Entry:
+        spent = {tenant: dict(targets) for tenant, targets in self._account.spent.get(day, {}).items()}
+        return Entry(dict(self._granted.get(day, {})), spent)
 
 
-def _pico(usd: Decimal) -> int:
-    return int((usd * PICO).to_integral_value(ROUND_CEILING))
+def _nothing(book: Book) -> None:
+    return None
+
+
+def _end(book: Book, *, holder: str, day: str, spent: Spent) -> None:
+    book.fold(holder, day, spent)
+
+
+def _end_for(book: Book, *, found: Found) -> None:
+    """End the accounts of a process that is no more."""
+    for name in list(book.days):
+        book.fold(found.holder, name, found.spent.get(name, {}))

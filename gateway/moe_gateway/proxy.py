@@ -36,7 +36,7 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             call.blocked = decision.blocked
             raise rejected or _refusal(call, decision, faults, "too many requests needed a second attempt")
         reservation = f"{call.request_id}/{call.id}/{call.attempts}"
-        if upstream.priced and not await _reserve(gateway, request, upstream, reservation):
+        if upstream.priced and not await _reserve(gateway, request, upstream, reservation, call.tenant):
             call.blocked = Blocked.BUDGET
             continue
         _record(call, decision, upstream)
@@ -106,11 +106,14 @@ def _may_go_on(
     return gateway.retries.left() and gateway.foresee(request, call, tried, failure).target is not None
 
 
-async def _reserve(gateway: Gateway, request: ApiRequest, upstream: Upstream, reservation: str) -> bool:
+async def _reserve(
+    gateway: Gateway, request: ApiRequest, upstream: Upstream, reservation: str, tenant: str | None
+) -> bool:
     """Set the money aside; fail closed."""
     granted = False
     try:
-        granted = await gateway.budget.reserve(reservation, upstream.name, gateway.cost_bound_usd(request, upstream))
+        most = gateway.cost_bound_usd(request, upstream)
+        granted = await gateway.budget.reserve(reservation, upstream.name, most, tenant)
     except BudgetUnavailable as error:
         gateway.log.error("the budget store cannot be used; nothing is spent", error=str(error))
     except BaseException:

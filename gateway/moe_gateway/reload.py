@@ -9,7 +9,7 @@ from moe_gateway.settings import ConfigRefused, check, load
 from moe_gateway.state import Gateway
 
 POLL_S = 1.0
-AT_START = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level")
+AT_START = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level", "budget_store")
 """Fields that a running process cannot change."""
 
 

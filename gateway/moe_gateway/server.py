@@ -67,7 +67,9 @@ class GatewayServer:
         try:
             await gateway.budget.open()
         except BudgetUnavailable as error:
-            raise ConfigRefused(f"stateDir: {error}; name a writable folder") from None
+            if config.budget_store.kind == "SQLite":
+                raise ConfigRefused(f"stateDir: {error}; name a writable folder") from None
+            # A store elsewhere may come back; until then requests are answered by what costs nothing.
         client_socket = _bind("port", config.host, config.port)
         try:
             admin_socket = _bind("adminPort", config.admin_host, config.admin_port)
@@ -86,6 +88,7 @@ class GatewayServer:
             asyncio.create_task(BoardPoller(gateway).run(), name="boards"),
             asyncio.create_task(external.run(), name="external"),
             asyncio.create_task(self._watch_stalls(), name="stalls"),
+            asyncio.create_task(gateway.budget.run(), name="budget"),
             asyncio.create_task(gateway.access.run(gateway.client), name="access"),
         ]
         if self._file is not None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from moe_core.clock import Clock
 from moe_core.config import GatewayConfig, TargetConfig, config_hash
 from moe_core.log import get_log
+from moe_core.prices import FREE_PROVIDER
 from moe_core.signing import Verifier, describe
 
 _KEYLESS = frozenset({"openai-compatible"})
@@ -61,15 +62,32 @@ def check(config: GatewayConfig) -> None:
             raise ConfigRefused(f"weights.{name}: no such revision; there are {', '.join(revisions) or 'none'}")
     for index, target in enumerate(config.targets):
         _check_target(f"targets[{index}] ({target.name})", target)
-    priced = any(target.usd_per_m_input or target.usd_per_m_output for target in config.targets)
-    if priced and config.spill.usd_per_day is not None and config.state_dir is None:
-        raise ConfigRefused("stateDir: needed to keep spill.usdPerDay; name a writable folder")
+    priced = any(
+        target.provider != FREE_PROVIDER or target.usd_per_m_input or target.usd_per_m_output
+        for target in config.targets
+    )
+    _check_store(config, priced)
     if config.spill.usd_per_day is not None and config.spill.usd_per_day < 0:
         raise ConfigRefused("spill.usdPerDay: must not be below 0")
     try:
         Verifier(config.trusted_keys)
     except ValueError:
         raise ConfigRefused("trustedKeys: each must be an Ed25519 public key in PEM") from None
+
+
+def _check_store(config: GatewayConfig, priced: bool) -> None:
+    store = config.budget_store
+    if store.kind == "SQLite":
+        if store.pods > 1:
+            raise ConfigRefused(
+                "budgetStore.kind: SQLite serves one host, not several pods; take Object, PostgreSQL or Valkey"
+            )
+        if priced and config.spill.usd_per_day is not None and config.state_dir is None:
+            raise ConfigRefused("stateDir: needed to keep spill.usdPerDay; name a writable folder")
+    if store.kind in {"PostgreSQL", "Valkey"} and store.url_file is None:
+        raise ConfigRefused(f"budgetStore.urlFile: needed for {store.kind}; name the file that holds its address")
+    if store.kind == "Object" and (store.object or "").count("/") != 1:
+        raise ConfigRefused("budgetStore.object: needed for Object, as namespace/name of a ConfigMap")
 
 
 def _check_target(where: str, target: TargetConfig) -> None:

@@ -39,6 +39,7 @@ from moe_gateway.access import Access
 from moe_gateway.budget import Budget
 from moe_gateway.call import Call, Phase, Stop
 from moe_gateway.fleet import Fleet, renew
+from moe_gateway.money_stores import limits_of, store_of
 from moe_gateway.openai_api import ApiRequest, prompt_bound
 from moe_gateway.retries import Retries
 from moe_gateway.telemetry import Telemetry
@@ -66,8 +67,8 @@ class Gateway:
         self.tracing = None if config.tracing is None else Tracing(config.tracing, config.deployment)
         self.telemetry = Telemetry(config.deployment, config.slo, self.fleet, self.log)
         self.telemetry.log_ok_share = config.log_ok_share
-        path = None if config.state_dir is None else Path(config.state_dir) / "budget.sqlite"
-        self.budget = Budget(path, config.spill.usd_per_day, clock)
+        folder = None if config.state_dir is None else Path(config.state_dir)
+        self.budget = Budget(store_of(config), limits_of(config), clock, folder)
         self.spill = SpillState()
         self.knobs: Knobs | None = None
         self.commanded_weights: Weights | None = None
@@ -174,7 +175,7 @@ class Gateway:
                 for target in allowed
                 if target.adapter is not None and target.adapter.takes(request) is None
             ),
-            budget_left_usd=self.budget.left_usd() if self.fleet.targets else None,
+            budget_left_usd=self.budget.left_usd(call.tenant) if self.fleet.targets else None,
             elapsed_s=now_s - call.arrived_s,
             tried=tried,
             local_failure=failure,
@@ -268,7 +269,7 @@ class Gateway:
         await self._follow_tracing(config)
         self._follow_weights()
         self.log.info("configuration in force", hash=config_hash)
-        await self.budget.limit(config.spill.usd_per_day)
+        await self.budget.limit(limits_of(config))
 
     async def _follow_tracing(self, config: GatewayConfig) -> None:
         """Make traces as configured. Requests in flight end their spans where they began."""

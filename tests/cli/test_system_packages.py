@@ -21,7 +21,8 @@ def machine(folder: Path, **programs: str) -> Path:
     """A PATH with the few tools that the script uses, and the given ones."""
     for name in ("sh", "chmod", "rm", "true", "ln"):
         (folder / name).symlink_to(shutil.which(name) or "")
-    (folder / "g++").symlink_to(shutil.which("true") or "")
+    for name in ("g++", "postgres", "redis-server"):
+        (folder / name).symlink_to(shutil.which("true") or "")
     for name, text in programs.items():
         path = folder / name.replace("_", "-")
         path.write_text(text.format(folder=folder, log=folder / "log"))

@@ -36,7 +36,7 @@ from moe_operator.render.quantity import size
 
 GATEWAY = "gateway"
 CONFIG_FILE = "gateway.json"
-START_FIELDS = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level")
+START_FIELDS = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level", "budget_store")
 """Fields of its configuration that a running gateway cannot change."""
 ADDED_FIELDS = ("auth", "tracing", "log_ok_share", "log_prompts")
 """Fields that gateways of the first release do not know: written only where they say something, so that an operator
@@ -213,7 +213,7 @@ def _deployment(resource: MoEDeployment, made: GatewayConfig, config: OperatorCo
             "lifecycle": {"preStop": {"sleep": {"seconds": LEAVE_S}}},
         },
     )
-    start = {name: getattr(made, name) for name in START_FIELDS}
+    start = made.model_dump(mode="json", include=set(START_FIELDS))
     selector = network.selector(owner, GATEWAY)
     template = {
         "metadata": {"labels": labels(owner, GATEWAY), "annotations": {START_ANNOTATION: digest(start)[:16]}},
