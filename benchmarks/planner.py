@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_planner import calibration, catalog, fitting, published, sweep
+from moe_planner import calibration, catalog, fitting, published, sweep, table
 from moe_planner.check import check as judge
 from moe_planner.check import groups, summary
 from moe_planner.published import Case
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(text: str, rounds: int) -> dict[str, object]:
     """The benchmark's figures."""
-    side = fitting.split(published.read(text))
+    side = fitting.split(table.read(text))
     factors = calibration.packaged()
     report = judge(text, catalog.packaged(), factors, side.fitted)
     for source, told in groups(report.throughput, "source").items():
@@ -78,7 +78,7 @@ def measure(text: str, rounds: int) -> dict[str, object]:
 
 def fitted(text: str) -> str:
     """The calibration file for a table of runs."""
-    rows = published.read(text)
+    rows = table.read(text)
     side = fitting.split(rows)
     cases = [case for case in published.cases(rows, catalog.packaged()) if isinstance(case, Case) and case.throughput]
     used = [case for case in cases if case.source in side.fitted]

@@ -10,7 +10,8 @@ from moe_cli.say import Say
 from moe_planner import calibration, catalog
 from moe_planner.check import GROUPS, Report, Summary, Told, document, groups, summary
 from moe_planner.check import check as judge
-from moe_planner.published import Skipped, TableInvalid
+from moe_planner.published import Skipped
+from moe_planner.table import TableInvalid
 
 
 def check(path: Path, json: bool, say: Say | None = None) -> Exit:
@@ -44,7 +45,7 @@ def lines(report: Report) -> list[str]:
         found.append(f"{_name(case.row.get('id', '')):<6} {where}: seen {seen}, predicted {told}: {verdict}")
     found += [_skipped(case) for case in report.skipped]
     for by in GROUPS:
-        found += ["", f"throughput error by {by} (median, worst, bias, rows)"]
+        found += ["", f"throughput error by {by} (median, worst, bias, rows, in the interval)"]
         found += [f"  {_errors(told)}  {name}" for name, told in groups(report.throughput, by).items()]
     found.append("")
     for title, rows in (
@@ -93,4 +94,4 @@ def _line(text: str) -> str:
 
 
 def _errors(told: Summary) -> str:
-    return f"{told.median:>6.1%} {told.worst:>7.1%} {told.bias:>+7.1%} {told.rows:>5}"
+    return f"{told.median:>6.1%} {told.worst:>7.1%} {told.bias:>+7.1%} {told.rows:>5} {told.inside:>5.0%}"

@@ -37,14 +37,18 @@ BOUNDS: Mapping[str, Bounds] = {
     "link": Bounds(0.1, 0.5, 0.9),
     "network": Bounds(0.2, 0.6, 0.9),
     "spread": Bounds(0.02, 0.4, 2.0),
-    "wait": Bounds(0.005, 0.05, 0.6),
+    "stagger": Bounds(0.01, 0.3, 4.0),
+    "elsewhere": Bounds(0.5, 1.0, 4.0),
     "kernel_s": Bounds(2e-7, 2e-6, 2e-5),
     "step_s": Bounds(1e-4, 2e-3, 20e-3),
     "sequence_s": Bounds(1e-7, 1e-5, 1e-4),
     "call_s": Bounds(2e-6, 15e-6, 100e-6),
+    "cold_s": Bounds(10.0, 90.0, 240.0),
 }
-"""Shares of peaks (bandwidth; GEMM by bytes of an operand; attention; links), and seconds: a kernel's launch, a step,
-a sequence in it, a collective."""
+"""Shares of peaks (bandwidth; GEMM by bytes of an operand; attention; links); of prompts that hold up other ranks; the
+time of work `elsewhere` than on NVIDIA's GPUs; and seconds: a kernel's launch, a step, a sequence in it, a collective,
+and the compiling that a first burst waits for: it starts between SGLang's 108 s (issue 4773) and vLLM's 48 to 83 s
+(pull request 22215)."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class Factors:
     link: float
     network: float
     spread: float
-    wait: float
+    stagger: float
+    elsewhere: float
     kernel_s: float
     step_s: float
     sequence_s: float
     call_s: float
+    cold_s: float
     software: float = 1.0
     error: float = 0.0
     engines: Mapping[str, float] = field(default_factory=dict)
@@ -81,19 +87,20 @@ class Factors:
     def rates(self, peaks: Peaks) -> Rates:
         """What is attained of the peaks."""
         slow = self.software
+        work = slow if peaks.nvidia else slow * self.elsewhere
         return Rates(
-            bandwidth=peaks.bandwidth * self.bandwidth / slow,
-            cache=peaks.bandwidth * self.cache / slow,
-            linear_flops=peaks.linear[0] * self.gemm(peaks.linear[1]) / slow,
-            mlp_flops=peaks.mlp[0] * self.gemm(peaks.mlp[1]) / slow,
-            expert_flops=peaks.experts[0] * self.gemm(peaks.experts[1]) / slow,
-            head_flops=peaks.wide[0] * self.gemm_16 / slow,
-            core_flops=peaks.wide[0] * self.core / slow,
-            flash_flops=peaks.wide[0] * self.flash / slow,
-            link=peaks.link * self.link / slow,
-            network=peaks.network * self.network / slow,
+            bandwidth=peaks.bandwidth * self.bandwidth / work,
+            cache=peaks.bandwidth * self.cache / work,
+            linear_flops=peaks.linear[0] * self.gemm(peaks.linear[1]) / work,
+            mlp_flops=peaks.mlp[0] * self.gemm(peaks.mlp[1]) / work,
+            expert_flops=peaks.experts[0] * self.gemm(peaks.experts[1]) / work,
+            head_flops=peaks.wide[0] * self.gemm_16 / work,
+            core_flops=peaks.attention * self.core / work,
+            flash_flops=peaks.attention * self.flash / work,
+            link=peaks.link * self.link / work,
+            network=peaks.network * self.network / work,
             spread=self.spread,
-            wait=self.wait,
+            stagger=self.stagger,
             kernel_s=self.kernel_s * slow,
             step_s=self.step_s * slow,
             sequence_s=self.sequence_s * slow,

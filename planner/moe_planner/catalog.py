@@ -242,12 +242,15 @@ POSITIVE = ("layers", "heads", "every", "window", "hidden", "head_dim", "experts
 
 
 def _entries(where: str, kind: Callable[..., Entry], groups: Sequence[Mapping[str, Any]]) -> Iterator[Entry]:
-    """Entries of a list of tables: whole numbers, but for the words of `others`. Raises CatalogInvalid."""
+    """Entries of a list of tables: whole numbers, `chunked`, and the words of `others`. Raises CatalogInvalid."""
     for group in groups:
         for name, value in group.items():
             if kind is Other and name in WORDS:
                 if not isinstance(value, str) or (WORDS[name] and value not in WORDS[name]):
                     raise CatalogInvalid(where, f"{name} must be one of {', '.join(WORDS[name]) or 'texts'}")
+            elif name == "chunked":
+                if not isinstance(value, bool):
+                    raise CatalogInvalid(where, "chunked must be true or false")
             elif not _whole(value) or (name in POSITIVE and not value):
                 raise CatalogInvalid(where, f"{name} must be a whole number, not negative")
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_planner import published
+from moe_planner import published, table
 from moe_planner.calibration import Factors
 from moe_planner.catalog import Catalog
 from moe_planner.published import Case, FitCase, Skipped
@@ -20,6 +21,12 @@ class Told:
     case: Case
     predicted: float
     fitted: bool  # its source is one that the calibration was fitted to
+    width: float  # of the prediction's interval to each side, in ln
+
+    @property
+    def inside(self) -> bool:
+        """Whether the value lies in the interval that comes with the prediction."""
+        return abs(math.log(self.predicted / self.case.value)) <= self.width
 
     @property
     def error(self) -> float:
@@ -34,6 +41,7 @@ class Summary:
     median: float
     worst: float
     bias: float  # median with signs
+    inside: float  # share of rows that lie in their prediction's interval
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,12 @@ class Report:
 
 
 def check(text: str, catalog: Catalog, factors: Factors, fitted: Sequence[str] = ()) -> Report:
-    """Judge every row of a table. Raises published.TableInvalid."""
-    found = published.cases(published.read(text), catalog)
+    """Judge every row of a table. Raises table.TableInvalid."""
+    found = published.cases(table.read(text), catalog)
     sources = frozenset(fitted)
     return Report(
         told=tuple(
-            Told(case, published.predict(case, factors), case.source in sources)
+            Told(case, published.predict(case, factors), case.source in sources, factors.error)
             for case in found
             if isinstance(case, Case)
         ),
@@ -79,7 +87,13 @@ def summary(rows: Sequence[Told]) -> Summary | None:
         return None
     errors = [row.error for row in rows]
     sizes = [abs(error) for error in errors]
-    return Summary(len(rows), statistics.median(sizes), max(sizes), statistics.median(errors))
+    return Summary(
+        len(rows),
+        statistics.median(sizes),
+        max(sizes),
+        statistics.median(errors),
+        sum(row.inside for row in rows) / len(rows),
+    )
 
 
 GROUPS: Mapping[str, Callable[[Told], str]] = {
@@ -133,10 +147,11 @@ def _told(row: Told) -> dict[str, Any]:
         "value": row.case.value,
         "predicted": row.predicted,
         "error": row.error,
+        "inside": row.inside,
         "fitted": row.fitted,
         "assumed": list(row.case.assumed),
     }
 
 
 def _summary(told: Summary) -> dict[str, float]:
-    return {"rows": told.rows, "median": told.median, "worst": told.worst, "bias": told.bias}
+    return {"rows": told.rows, "median": told.median, "worst": told.worst, "bias": told.bias, "inside": told.inside}

@@ -42,7 +42,8 @@ def windows(keys: Keys, values: Mapping[str, Any]) -> tuple[KvGroup, ...]:
     found = []
     for kind, size in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
         if layers := kinds.count(kind):
-            found.append(KvGroup(layers, width=wide, heads=heads, window=keys.whole(size)))
+            chunked = kind == "chunked_attention"
+            found.append(KvGroup(layers, width=wide, heads=heads, window=keys.whole(size), chunked=chunked))
     if not found:
         return ()
     full = values["layers"] - sum(group.layers for group in found)

@@ -253,7 +253,9 @@ def _llama4(keys: Keys) -> dict[str, Any]:
             raise keys.wrong("no_rope_layers", f"has {len(rotary)} entries for {layers} layers")
         full = rotary.count(0) or layers // keys.whole("no_rope_layer_interval", default=4)
         chunk = keys.whole("attention_chunk_size")
-        each = KvGroup(layers - full, width=2 * values["head_dim"], heads=values["kv_heads"], window=chunk)
+        each = KvGroup(
+            layers - full, width=2 * values["head_dim"], heads=values["kv_heads"], window=chunk, chunked=True
+        )
         groups = tuple(group for group in (each, replace(each, layers=full, window=None)) if group.layers)
     else:
         groups = windows(keys, values)

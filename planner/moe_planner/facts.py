@@ -51,6 +51,7 @@ class KvGroup:
     heads: int = 1
     every: int = 1
     window: int | None = None
+    chunked: bool = False  # the window begins anew at each of its multiples, and does not slide
     fp8_bytes: int | None = None  # of an entry, where an FP8 cache needs more than its elements
     state: int = 0  # elements that a sequence keeps whatever its length
 

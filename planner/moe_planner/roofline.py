@@ -1,7 +1,7 @@
 """Work of a forward pass on the busiest GPU, and the seconds it takes there: arithmetic alone, on numbers or arrays.
 
-Every part of a pass takes the longer of its reading (bytes over bandwidth) and its computing (operations over peak):
-the roofline. Parts follow each other, so their seconds add up.
+Each part of a pass reads (bytes over bandwidth) and computes (operations over peak). Attention takes the longer of the
+two, the other parts their sum. Parts follow each other, so their seconds add up.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """A GPU's peaks, a second. Pairs: operations, and the kind of GEMM. `wide`: 16-bit, for head and attention."""
+    """A GPU's peaks, a second. Pairs: operations, and the kind of GEMM. `wide`: 16-bit, for the head."""
 
     bandwidth: Number
     link: Number
@@ -78,13 +78,16 @@ class Peaks:
     mlp: tuple[Number, Gemm]
     wide: tuple[Number, Gemm]
     experts: tuple[Number, Gemm]
+    attention: Number
+    nvidia: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
     """What the GPU attains, a second: peaks times efficiencies; and overheads in seconds.
 
-    `spread`: coefficient of variation of the experts' popularity. `wait`: of the work of data ranks in a step.
+    `spread`: coefficient of variation of the experts' popularity.
+    `stagger`: of the prompts of data ranks, for each e-fold of ranks.
     """
 
     bandwidth: Number
@@ -98,7 +101,7 @@ class Rates:
     link: Number
     network: Number
     spread: Number
-    wait: Number
+    stagger: Number
     kernel_s: Number
     step_s: Number
     sequence_s: Number
@@ -215,13 +218,38 @@ def work(
         head_flops=held[5],
         expert_bytes=held[6],
         expert_flops=held[7],
-        cache_bytes=sequence_bytes(model, max(1, round(context)), layout.tensor, layout.pipeline, fp8_cache),
+        cache_bytes=read_bytes(model, prompt, 2.0 * context - prompt, layout, fp8_cache),
         decode_flops=stage * context_work(model, context, True) / layout.tensor,
         prefill_flops=stage * context_work(model, before, False) / layout.tensor,
         send_bytes=sent.inside,
         cross_bytes=sent.crossing,
         calls=sent.collectives,
     )
+
+
+@lru_cache(maxsize=4096)
+def read_bytes(model: ModelFacts, first: float, last: float, layout: Layout, fp8: bool) -> float:
+    """Bytes of its cache that a sequence reads in a decode step: the mean from the `first` to the `last` position.
+
+    Attention in chunks (Llama 4) begins anew at every multiple of its window: a position sees what its own chunk holds
+    before it.
+    """
+    whole = sequence_bytes(model, max(1, round((first + last) / 2.0)), layout.tensor, layout.pipeline, fp8)
+    stage = math.ceil(model.layers / layout.pipeline) / model.layers
+    unseen = 0.0
+    for group in model.kv_groups:
+        if group.chunked and group.window:
+            entry = math.ceil(group.heads / layout.tensor) * group.width * (1 if fp8 else 2)
+            kept = min((first + last) / 2.0, float(group.window))
+            seen = (_before(last, group.window) - _before(first, group.window)) / max(last - first, 1.0)
+            unseen += stage * group.layers * entry * (kept - min(kept, seen))
+    return whole - unseen
+
+
+def _before(position: float, chunk: int) -> float:
+    """Entries that all positions up to `position` see together."""
+    chunks, rest = divmod(position, chunk)
+    return (chunks * chunk**2 + rest**2) / 2.0
 
 
 @lru_cache(maxsize=256)
@@ -309,30 +337,20 @@ def seconds(
     linear_work = tokens * w.linear_flops / r.linear_flops
     head_read, head_work = w.head_bytes / r.bandwidth, sampled * w.head_flops / r.head_flops
     mlp_read, mlp_work = w.mlp_bytes / r.bandwidth, tokens * w.mlp_flops / r.mlp_flops
-    linear = ops.maximum(linear_read, linear_work) + ops.maximum(mlp_read, mlp_work) + ops.maximum(head_read, head_work)
+    # GEMMs of few rows hide their reading badly: the sum is nearer to what is measured than the longer of the two.
+    linear = linear_read + linear_work + mlp_read + mlp_work + head_read + head_work
     expert_read = ops.minimum(share * factor, 1.0) * w.expert_bytes / r.bandwidth
     expert_work = group * factor * w.expert_flops / r.expert_flops
-    experts = ops.maximum(expert_read, expert_work)
+    experts = expert_read + expert_work
     core_read, core_work = core
     attention = ops.maximum(core_read, core_work)
     busy = linear + experts + attention
     # Between domains two halves of a batch take turns: one computes while the other is on its way.
     crossing = ops.maximum(tokens * w.cross_bytes / r.network - busy, 0.0)
-    waiting = busy * r.wait * ops.sqrt(2.0 * ops.log(w.data))
-    sent = tokens * w.send_bytes / r.link + w.calls * r.call_s + crossing + waiting
+    sent = tokens * w.send_bytes / r.link + w.calls * r.call_s + crossing
     launch = w.kernels * r.kernel_s + r.step_s + sampled * r.sequence_s
-    computing = (
-        _won(linear_work, linear_read)
-        + _won(mlp_work, mlp_read)
-        + _won(expert_work, expert_read)
-        + _won(core_work, core_read)
-    )
+    computing = linear_work + mlp_work + head_work + expert_work + core_work * (core_work > core_read)
     return Parts(linear, experts, attention, sent, launch, computing)
-
-
-def _won(work_s: Number, read_s: Number) -> Number:
-    """Seconds of a part whose arithmetic takes longer than its reading, else nothing."""
-    return work_s * (work_s > read_s)
 
 
 def decode(w: Work, r: Rates, sequences: Number, route: Routing = USUAL, ops: Ops = SCALAR) -> Parts:
@@ -379,7 +397,9 @@ def cycle(
     tokens = ops.maximum(ops.minimum(own * new, chunk), 1.0)
     prompt_s = new * prefill(w, r, tokens, route, ops).total / tokens
     # Where ranks are more than sequences, those that are busy have one each.
-    return Cycle(running, step, step_s, prompt_s, ops.maximum(own, 1.0) * prompt_s + output * step_s)
+    # A data rank that reads a prompt holds up the others, who decode: their prompts do not all come in one pass.
+    late = 1.0 + r.stagger * ops.log(w.data)
+    return Cycle(running, step, step_s, prompt_s, ops.maximum(own, 1.0) * prompt_s * late + output * step_s)
 
 
 MLP = frozenset({"dense layers", "shared experts"})

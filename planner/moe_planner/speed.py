@@ -89,11 +89,17 @@ def predict(ask: Ask, layout: Layout, load: Load, catalog: Catalog, factors: Fac
     return finish(prepare(ask, layout, load, catalog), factors or calibration.packaged())
 
 
-def prepare(ask: Ask, layout: Layout, load: Load, catalog: Catalog) -> Prepared:
-    """What a layout does under a load. Raises SpeedUnknown."""
-    peaks = peaks_of(ask.accelerator, ask.precision, layout)
-    chunk, cache = room(ask, layout, catalog)
-    most = sequences(ask, layout, cache, load, YIELDED) * layout.data
+def prepare(
+    ask: Ask, layout: Layout, load: Load, catalog: Catalog, yielded: float = YIELDED, free_share: float | None = None
+) -> Prepared:
+    """What a layout does under a load.
+
+    `yielded`: share of its output that a sequence is given room for. `free_share`: share of what weights and the rest
+    leave that the cache takes; None: as the engine that is deployed counts it. Raises SpeedUnknown.
+    """
+    peaks = peaks_of(ask.accelerator, ask.precision, layout, ask.fp8_cache)
+    chunk, cache = room(ask, layout, catalog, free_share)
+    most = sequences(ask, layout, cache, load, yielded) * layout.data
     if most < 1.0:
         raise SpeedUnknown(
             f"{ask.model.key} in {ask.precision.name} on {layout.gpus} × {ask.accelerator.name} ({layout}): no room"
@@ -106,8 +112,11 @@ def prepare(ask: Ask, layout: Layout, load: Load, catalog: Catalog) -> Prepared:
     )
 
 
-def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout) -> Peaks:
-    """Peaks of one GPU for a form of weights. Raises SpeedUnknown where one is not known."""
+def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout, fp8: bool = False) -> Peaks:
+    """Peaks of one GPU for a form of weights and of cache. Raises SpeedUnknown where one is not known.
+
+    GPUs with FP4 units attend in FP8 where the cache is FP8 (TensorRT-LLM's and FlashInfer's kernels for Blackwell).
+    """
     if accelerator.bandwidth_bytes_s is None:
         raise _unknown(accelerator, "bandwidth_gb_s")
     if not accelerator.flops:
@@ -127,7 +136,14 @@ def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout) -> 
         mlp=_peak(accelerator, mlp),
         wide=_peak(accelerator, "16"),
         experts=_peak(accelerator, experts),
+        attention=_peak(accelerator, "8" if fp8 and 0.5 in accelerator.flops else "16")[0],
+        nvidia=nvidia(accelerator),
     )
+
+
+def nvidia(accelerator: Accelerator) -> bool:
+    """Whether it is one of the GPUs for which engines were tuned first, and nearly all published runs were made."""
+    return accelerator.name.startswith("nvidia-")
 
 
 def _peak(accelerator: Accelerator, kind: Gemm) -> tuple[float, Gemm]:
@@ -179,7 +195,7 @@ def _alone(layout: Layout) -> Layout:
     return replace(layout, data=1)
 
 
-def room(ask: Ask, layout: Layout, catalog: Catalog) -> tuple[int, float]:
+def room(ask: Ask, layout: Layout, catalog: Catalog, free_share: float | None = None) -> tuple[int, float]:
     """Tokens of a step and bytes of cache a GPU: the largest step of the engine's that leaves most of the cache.
 
     A step twice as large is worth a tenth of the cache at most: decode batches live from it. A size of the cache that
@@ -188,8 +204,9 @@ def room(ask: Ask, layout: Layout, catalog: Catalog) -> tuple[int, float]:
     engine = catalog.engine
     placed = memory.place(ask, layout, engine.batched_tokens[0], engine)
     whole = placed.cache + placed.fixed
+    total = float(placed.total)
     tried = [
-        (step, whole - fixed)
+        (step, whole - fixed if free_share is None else free_share * (total - fixed))
         for step, fixed in zip(engine.batched_tokens, fixed_bytes(ask, layout, catalog), strict=True)
     ]
     best = max(cache for _, cache in tried)
@@ -268,9 +285,19 @@ def burst_s(at: Prepared, factors: Factors, requests: float, *, spread: bool) ->
     """
     rates, load = factors.rates(at.peaks), at.load
     running = min(at.running, requests)
-    turn = roofline.cycle(at.work, rates, running, load.new_tokens, load.output_tokens, at.batched_tokens, at.route)
+
+    def cycle(sequences: float) -> roofline.Cycle:
+        return roofline.cycle(
+            at.work, rates, sequences, load.new_tokens, load.output_tokens, at.batched_tokens, at.route
+        )
+
+    turn = cycle(running)
+    if not spread:
+        waves = int(requests / running + 1e-9)
+        left = requests - waves * running
+        return float(waves * turn.total_s + (cycle(left).total_s if left >= 1.0 else 0.0))
     waves_s = float(turn.total_s * requests / running)
-    if not spread or running <= 1.0:
+    if running <= 1.0:
         return waves_s
     # ∫ step(n) dn/n from 1 to the batch: midpoints, evenly spaced in ln n.
     points = 16

@@ -58,7 +58,7 @@ def sweep(catalog: Catalog, load: Load, factors: Factors, most: int = 16) -> Swe
     works: list[Work] = []
     fixed: list[list[float]] = []
     each: list[float] = []
-    kinds: list[str] = []
+    kinds: list[tuple[str, bool]] = []
     steps = catalog.engine.batched_tokens
     for model, precision, layout in _every(catalog, most):
         ask = Ask(model, precision, accelerators[0], model.kv_dtype == "fp8")
@@ -66,7 +66,7 @@ def sweep(catalog: Catalog, load: Load, factors: Factors, most: int = 16) -> Swe
         works.append(speed.work_of(ask, layout, load, most))
         fixed.append(speed.fixed_bytes(ask, layout, catalog))
         each.append(speed.room_of_sequence(ask, layout, load, speed.YIELDED))
-        kinds.append(precision.name)
+        kinds.append((precision.name, ask.fp8_cache))
     usable = np.array([accelerator.memory_bytes * min(1.0, catalog.engine.utilization) for accelerator in accelerators])
     cache = usable[None, None, :] - np.array(fixed)[:, :, None]  # rows × steps × accelerators
     enough = (cache >= 0.9 * cache.max(axis=1, keepdims=True)) | (cache == cache.max(axis=1, keepdims=True))
@@ -127,16 +127,20 @@ def _by_domain(
 
 
 def _rates(
-    catalog: Catalog, accelerators: Sequence[Accelerator], kinds: Sequence[str], factors: Factors, at: Sequence[Layout]
+    catalog: Catalog,
+    accelerators: Sequence[Accelerator],
+    kinds: Sequence[tuple[str, bool]],
+    factors: Factors,
+    at: Sequence[Layout],
 ) -> dict[str, Matrix]:
     """What each accelerator attains for each row's form of weights: arrays of rows × accelerators by field."""
     names = [item.name for item in fields(Rates)]
     forms = sorted(set(kinds))
     table = np.full((len(names), len(forms), len(accelerators)), np.nan)
     for column, accelerator in enumerate(accelerators):
-        for line, form in enumerate(forms):
+        for line, (form, fp8) in enumerate(forms):
             try:
-                peaks: Peaks = speed.peaks_of(accelerator, catalog.precisions[form], ALONE)
+                peaks: Peaks = speed.peaks_of(accelerator, catalog.precisions[form], ALONE, fp8)
             except SpeedUnknown:
                 continue
             found: Any = factors.rates(peaks)
@@ -149,7 +153,10 @@ def _rates(
         speeds = np.array([_link(accelerator, name) for accelerator in accelerators])[None, :]
         domain = np.array([a.domain_gpus for a in accelerators])[None, :]
         needed = gpus > 1 if name == "link" else group > domain
-        rates[name] = np.where(needed, speeds * taken / factors.software, np.inf)
+        slow = (
+            factors.software * np.array([1.0 if speed.nvidia(a) else factors.elsewhere for a in accelerators])[None, :]
+        )
+        rates[name] = np.where(needed, speeds * taken / slow, np.inf)
     return rates
 
 

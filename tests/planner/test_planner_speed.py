@@ -255,6 +255,33 @@ def test_a_burst_takes_longer_where_lengths_are_spread() -> None:
     assert speed.burst_s(at, START, 2 * 984, spread=False) == pytest.approx(2 * alike)
 
 
+CHUNKS = {
+    "inside the first: as any other": (0, 8192, 4096),
+    "across one border": (8192, 9216, 512),
+    "over many: half a chunk": (0, 10 * 8192, 4096),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKS.values(), ids=CHUNKS)
+def test_attention_in_chunks_reads_its_own_chunk(case: tuple[int, int, int]) -> None:
+    first, last, seen = case
+    model = CATALOG.models["llama-4-maverick"]
+    each = 8 * 256 * 2  # bytes of an entry: heads × width × BF16
+    wanted = 36 * each * seen + 12 * each * (first + last) / 2
+    assert roofline.read_bytes(model, first, last, Layout(1), False) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_prompts_hold_up_other_data_ranks_only_where_they_decode() -> None:
+    ask, layout = ASKS["the same, attention data parallel"]
+    load = Load(2000, 500, 256)
+    calm, late = (speed.predict(ask, layout, load, CATALOG, replace(START, stagger=s)) for s in (0.02, 2.0))
+    assert late.output_tokens_per_s < calm.output_tokens_per_s
+    assert late.prefill_tokens_per_s == calm.prefill_tokens_per_s
+    alone = ASKS["Qwen3-235B on H100"]
+    same = [speed.predict(*alone, load, CATALOG, replace(START, stagger=s)).output_tokens_per_s for s in (0.02, 2.0)]
+    assert same[0] == same[1]
+
+
 def test_a_sweep_says_what_predict_says() -> None:
     load = Load(1024, 512, 64)
     found = sweep.sweep(CATALOG, load, START, most=8)
