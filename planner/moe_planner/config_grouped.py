@@ -256,7 +256,9 @@ def _llama4(keys: Keys) -> dict[str, Any]:
         each = KvGroup(
             layers - full, width=2 * values["head_dim"], heads=values["kv_heads"], window=chunk, chunked=True
         )
-        groups = tuple(group for group in (each, replace(each, layers=full, window=None)) if group.layers)
+        groups = tuple(
+            group for group in (each, replace(each, layers=full, window=None, chunked=False)) if group.layers
+        )
     else:
         groups = windows(keys, values)
     return {
