@@ -169,7 +169,13 @@ CASES: dict[str, Case] = {
     "data-parallel": example(
         "laptop", put("hardware.gpusPerReplica", 8), put("parallelism", {"data": 8}), shown=ENGINE
     ),
-    "data-parallel-auto": example("laptop", put("hardware.gpusPerReplica", 8), shown=ENGINE),
+    "data-parallel-tensor": example(
+        "laptop",
+        put("hardware.gpusPerReplica", 8),
+        put("parallelism", {"tensor": 4, "data": 2, "expert": 8}),
+        shown=ENGINE,
+    ),
+    "parallel-auto": example("laptop", put("hardware.gpusPerReplica", 8), shown=ENGINE),
     "data-parallel-nodes": example(
         "laptop",
         put("hardware.gpusPerReplica", 16),
