@@ -218,7 +218,7 @@ def test_the_plan_honours_what_is_set() -> None:
 def test_a_replica_on_several_nodes() -> None:
     plan = check(spec(R1, "nvidia-h100", 16)).plan
     assert plan is not None
-    assert (plan.tensor, plan.data, plan.nodes_per_replica, plan.gpus_per_node) == (4, 4, 2, 8)
+    assert (plan.tensor, plan.data, plan.nodes_per_replica, plan.gpus_per_node) == (8, 2, 2, 8)
     tray = check(spec(V4, "nvidia-gb200", 8)).plan
     assert tray is not None
     assert (tray.nodes_per_replica, tray.gpus_per_node) == (2, 4)
