@@ -8,7 +8,7 @@ FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
 .PHONY: help setup up down test test-full check unit faults cluster control-plane engine versions gpu lock
-.PHONY: crd rbac golden fmt system
+.PHONY: crd rbac golden fmt system node-sdks
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -43,6 +43,9 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 
 unit: setup ## tests that need no engine and no control plane, on two cores
 	.venv/bin/pytest -m "not faults and not cluster and not engine and not gpu and not full" -n 2 --dist worksteal
+
+node-sdks: system ## install the official Node clients that the gateway's tests run; the tests do it too
+	@$(PYTHON) tools/node_sdks.py
 
 faults: setup ## the operator's fault suites on the in-memory API server, on two cores
 	.venv/bin/pytest -m "faults and not full" -n 2 --dist worksteal
@@ -82,6 +85,7 @@ fmt: setup ## format and sort
 	.venv/bin/ruff check --fix .
 
 lock: $(UV) ## resolve the locks again, with hashes and without registry addresses
+	cd tools/node-sdks && npm install --package-lock-only  # its .npmrc keeps addresses out
 	$(UV) pip compile -q pyproject.toml --extra gateway --extra tuner --extra operator --extra serving-cpu --extra cli \
 	  --group dev --generate-hashes --no-header --no-emit-index-url --python-version 3.11 -o requirements/dev.txt
 	cp requirements/dev.txt requirements/vllm-0.31.txt  # so that all but vLLM's own needs are the same

@@ -21,7 +21,7 @@ def machine(folder: Path, **programs: str) -> Path:
     """A PATH with the few tools that the script uses, and the given ones."""
     for name in ("sh", "chmod", "rm", "true", "ln"):
         (folder / name).symlink_to(shutil.which(name) or "")
-    for name in ("g++", "postgres", "redis-server"):
+    for name in ("g++", "node", "npm", "postgres", "redis-server"):
         (folder / name).symlink_to(shutil.which("true") or "")
     for name, text in programs.items():
         path = folder / name.replace("_", "-")
