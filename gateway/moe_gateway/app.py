@@ -8,10 +8,12 @@ import uuid
 
 import orjson
 
+from moe_gateway import openapi
 from moe_gateway.call import Call, Outcome, Phase, Stop
 from moe_gateway.messages_in import parse_messages
 from moe_gateway.messages_out import MessagesResponder
 from moe_gateway.openai_api import ApiError, Endpoint, parse
+from moe_gateway.openapi import OPENAPI_PATH
 from moe_gateway.proxy import route
 from moe_gateway.responder import Message, Receive, Responder, Send
 from moe_gateway.state import Gateway
@@ -63,6 +65,10 @@ class App:
             await self._models(scope["method"], path, headers, out)
         elif endpoint is not None:
             await out.error(_wrong_method("POST"))
+        elif path == OPENAPI_PATH and scope["method"] == "GET":
+            await out.whole(200, b"application/json", openapi.document(self._gateway.config.model))
+        elif path == OPENAPI_PATH:
+            await out.error(_wrong_method("GET"))
         elif (instead := _instead_of(path)) is not None:
             message = f"{path[:200]} is not served; use {instead}"
             await out.error(ApiError(404, message, code="unsupported_url"))

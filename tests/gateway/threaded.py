@@ -68,6 +68,8 @@ class RawUpstream:
 
     def __init__(self) -> None:
         self.answer = b""
+        self.stream: bytes | None = None
+        """What a request for a stream gets; None: the same."""
         self.asked = 0
         self.port = 0
 
@@ -84,10 +86,12 @@ class RawUpstream:
             length = next(
                 (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
             )
-            await reader.readexactly(length)
+            body = await reader.readexactly(length)
             self.asked += 1
-            for start in range(0, len(self.answer), 65536):
-                writer.write(self.answer[start : start + 65536])
+            streamed = self.stream is not None and json.loads(body).get("stream") is True
+            answer = self.stream if streamed and self.stream is not None else self.answer
+            for start in range(0, len(answer), 65536):
+                writer.write(answer[start : start + 65536])
                 await writer.drain()
         writer.close()
 
