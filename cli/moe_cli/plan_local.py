@@ -62,6 +62,7 @@ def gateway_config(
         tiers=process_config.tiers(resource.spec),
         targets=tuple(targets),
         spill=process_config.spill(resource.spec.fallback),
+        egress=process_config.egress(resource.spec),
         limits=GatewayLimits(drain_s=DRAIN_S),
         trusted_keys=tuple(trusted_keys),
         state_dir=str(state_dir),

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moe_api.base import Model
-from moe_api.enums import AuthMode, EngineSignal, FallbackRight, MetricsDialect
+from moe_api.enums import AuthMode, Egress, EngineSignal, FallbackRight, MetricsDialect
 from moe_core.wire import Knobs, Percent
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -132,6 +132,21 @@ class BudgetStoreConfig(Model):
     pods: int = Field(default=1, ge=1, description="most pods that use it at once; SQLite serves one")
 
 
+class EgressRule(Model):
+    """Which targets may get data."""
+
+    egress: Egress = Egress.ALLOWED
+    regions: tuple[str, ...] = Field(default=(), description="of egress Region")
+
+
+class EgressConfig(Model):
+    """Which targets may get whose data. All rules that apply hold at once."""
+
+    deployment: EgressRule = EgressRule()
+    tenants: dict[str, EgressRule] = Field(default_factory=dict)
+    tiers: dict[str, EgressRule] = Field(default_factory=dict)
+
+
 class TenantBudgets(Model):
     """What tenants may spend of the deployment's budget, each."""
 
@@ -165,6 +180,7 @@ class GatewayConfig(Model):
     log_prompts: bool = Field(default=False, description="prompts into the log: for debugging, never for production")
     budget_store: BudgetStoreConfig = BudgetStoreConfig()
     tenant_budgets: TenantBudgets = TenantBudgets()
+    egress: EgressConfig = EgressConfig()
     price_file: str | None = Field(
         default=None, description="TOML or JSON with prices of models, in place of the catalog's"
     )

@@ -142,6 +142,11 @@ GATEWAY_RETRIES = _counter(
 GATEWAY_PROMPT_TOKENS = _counter("moestack_gateway_prompt_tokens_total", _GATEWAY, "Prompt tokens")
 GATEWAY_OUTPUT_TOKENS = _counter("moestack_gateway_output_tokens_total", _GATEWAY, "Output tokens")
 GATEWAY_SPEND = _counter("moestack_gateway_spend_usd_total", _GATEWAY, "Dollars owed to closed APIs")
+GATEWAY_EGRESS = _counter(
+    "moestack_gateway_egress_requests_total",
+    (*_GATEWAY, "region", "policy", "result"),
+    "Attempts at a closed API by its region and the deployment's policy: result=sent, or refused at the last moment",
+)
 GATEWAY_SLO = _counter(
     "moestack_gateway_slo_requests_total", ("deployment", "result"), "Finished requests: result=met or missed"
 )

@@ -30,6 +30,8 @@ from moe_api.v1alpha1 import (
 from moe_core import prices
 from moe_core.config import (
     AuthConfig,
+    EgressConfig,
+    EgressRule,
     ForeignMetrics,
     KnobBounds,
     ServingConfig,
@@ -276,6 +278,12 @@ def usd_per_day(fallback: FallbackSpec) -> Decimal | None:
     day, month = fallback.budget.usd_per_day, fallback.budget.usd_per_month
     limits = [limit for limit in (day, None if month is None else month / DAYS_IN_A_MONTH) if limit is not None]
     return min(limits).quantize(Decimal("0.000001"), rounding=ROUND_DOWN) if limits else None
+
+
+def egress(spec: MoEDeploymentSpec) -> EgressConfig:
+    """Which data may leave, as the gateway enforces it request by request."""
+    policy = spec.fallback.data_policy
+    return EgressConfig(deployment=EgressRule(egress=policy.egress, regions=policy.regions))
 
 
 def forbidden(spec: MoEDeploymentSpec, target: FallbackTarget) -> str | None:

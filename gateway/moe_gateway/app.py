@@ -10,6 +10,7 @@ import orjson
 
 from moe_gateway import openapi
 from moe_gateway.call import Call, Outcome, Phase, Stop
+from moe_gateway.egress import HEADER as EGRESS_HEADER
 from moe_gateway.messages_in import parse_messages
 from moe_gateway.messages_out import MessagesResponder
 from moe_gateway.openai_api import ApiError, Endpoint, parse
@@ -54,6 +55,8 @@ class App:
         if scope["type"] != "http":
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
+        if EGRESS_HEADER in headers:  # The last of several would win, and widen what another one forbids.
+            headers[EGRESS_HEADER] = b";".join(value for name, value in scope["headers"] if name == EGRESS_HEADER)
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         path: str = scope["path"]
@@ -91,6 +94,8 @@ class App:
         try:
             await self._gateway.access.enter(call, headers, self._gateway.client, out)
             call.tier = tier_from(self._gateway.config, headers, call.tenant)
+            egress = headers.get(EGRESS_HEADER)
+            call.egress = None if egress is None else egress.decode("latin-1")
             await self._answer(endpoint, headers, receive, out, call)
         except ClientGone:
             call.outcome = Outcome.CANCELLED

@@ -84,7 +84,7 @@ class Attempt:
             failed = call.outcome is Outcome.CUT
         except UpstreamFailed as error:
             self._billed = error.maybe_billed
-            if error.fault is Fault.OVERLOADED:
+            if error.fault in {Fault.OVERLOADED, Fault.FORBIDDEN}:
                 gateway.abandoned(upstream)
             else:
                 gateway.failed(upstream)
@@ -107,6 +107,9 @@ class Attempt:
         """Send, and mark that from a 200 on the upstream may bill."""
         limits = self._gateway.config.limits
         self._call.enter(Phase.WAITING, self._clock.monotonic())
+        asking = self._gateway.asking(self._call)
+        if self._upstream.target is not None:
+            self._gateway.audit.leaving(self._call, self._upstream.target, asking)
         self._billed = True  # if we are stopped while the request is out, nobody knows
         self._response = await send(
             self._gateway.wire,
@@ -115,6 +118,7 @@ class Attempt:
             request_id=self._call.request_id,
             tier=self._call.tier,
             output_cap=limits.spill_output_tokens,
+            asking=asking,
             traceparent=self._call.traceparent,
         )
         return self._response

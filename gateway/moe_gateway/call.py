@@ -64,6 +64,8 @@ class Call:
     since_s: float = 0.0
     stop: Stop | None = None
     tier: str = "default"
+    egress: str | None = None
+    """What the request itself says of where it may go (header x-moestack-egress)."""
     tenant: str | None = None
     """Who asks, by authentication; by the header x-moestack-tenant only where there is none."""
     key_id: str | None = None

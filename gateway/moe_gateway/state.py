@@ -38,6 +38,7 @@ from moe_core.wire import GatewayDigest, Knobs, Weights
 from moe_gateway.access import Access
 from moe_gateway.budget import Budget
 from moe_gateway.call import Call, Phase, Stop
+from moe_gateway.egress import Asking, Audit
 from moe_gateway.fleet import Fleet, renew
 from moe_gateway.money_stores import limits_of, store_of
 from moe_gateway.openai_api import ApiRequest, prompt_bound
@@ -69,6 +70,7 @@ class Gateway:
         self.telemetry.log_ok_share = config.log_ok_share
         folder = None if config.state_dir is None else Path(config.state_dir)
         self.budget = Budget(store_of(config), limits_of(config), clock, folder)
+        self.audit = Audit(config.deployment, self.telemetry.registry, self.log)
         self.spill = SpillState()
         self.knobs: Knobs | None = None
         self.commanded_weights: Weights | None = None
@@ -163,6 +165,7 @@ class Gateway:
 
     def _context(self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None) -> SpillContext:
         now_s = self.clock.monotonic()
+        asking = self.asking(call)
         allowed = self.fleet.targets if may_spill(self.config.tiers or (), call.tier) else ()
         return SpillContext(
             now_s=now_s,
@@ -173,13 +176,20 @@ class Gateway:
             targets=tuple(
                 TargetView(target.name, target.available(now_s), self.cost_bound_usd(request, target), target.estimate)
                 for target in allowed
-                if target.adapter is not None and target.adapter.takes(request) is None
+                if target.target is not None
+                and asking.refusal(target.target) is None
+                and target.adapter is not None
+                and target.adapter.takes(request) is None
             ),
             budget_left_usd=self.budget.left_usd(call.tenant) if self.fleet.targets else None,
             elapsed_s=now_s - call.arrived_s,
             tried=tried,
             local_failure=failure,
         )
+
+    def asking(self, call: Call) -> Asking:
+        """For whom a request would leave, by the policy in force now."""
+        return Asking(self.config.egress, call.tenant, call.tier, call.egress)
 
     def _revision_views(self, now_s: float) -> Iterator[RevisionView]:
         for upstream in self.fleet.revisions:

@@ -16,6 +16,7 @@ from moe_core.latency import LatencyEstimate
 from moe_core.log import redact
 from moe_core.prices import FREE, Price
 from moe_core.spill import EngineReport
+from moe_gateway.egress import Asking
 from moe_gateway.ledger import Ledger
 from moe_gateway.openai_api import ApiRequest
 from moe_gateway.providers.base import Adapter
@@ -42,6 +43,7 @@ class Fault(StrEnum):
     CREDENTIALS = "credentials"
     MALFORMED = "malformed"
     IN_BAND = "in_band"
+    FORBIDDEN = "forbidden"
 
 
 class UpstreamFailed(Exception):
@@ -118,12 +120,16 @@ async def send(
     request_id: str,
     tier: str,
     output_cap: int,
+    asking: Asking,
     traceparent: str | None = None,
 ) -> Response:
     """Send a request and wait for the answer's status and headers.
 
-    Raises UpstreamFailed where another upstream may be tried, Rejected for a client error.
+    Raises UpstreamFailed where another upstream may be tried, Rejected for a client error. Nothing is sent to a target
+    that the egress policy forbids, whoever chose it.
     """
+    if upstream.target is not None and (refusal := asking.refusal(upstream.target)) is not None:
+        raise UpstreamFailed(Fault.FORBIDDEN, str(refusal))
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "X-Request-Id": request_id}
     body = engine_body(request, tier) if upstream.ours else request.raw
     path = request.endpoint.value

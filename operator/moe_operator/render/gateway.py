@@ -159,6 +159,7 @@ def gateway_config(
         tiers=process_config.tiers(resource.spec),
         targets=tuple(_target(target) for target in used(resource)),
         spill=spill.model_copy(update={"usd_per_day": _share(resource, spill.usd_per_day)}),
+        egress=process_config.egress(resource.spec),
         limits=GatewayLimits(drain_s=DRAIN_S),
         trusted_keys=config.trusted_keys,
         state_dir=_STATE_DIR,
