@@ -23,6 +23,8 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
     failure: Failure | None = None
     faults: list[UpstreamFailed] = []
     rejected: Rejected | None = None
+    if explain and (lacking := gateway.lacking(request)):
+        out.add_header(b"x-moestack-refused", "; ".join(f"{name}: {field}" for name, field in lacking.items()))
     while True:
         decision = gateway.decide(request, call, frozenset(tried), failure)
         if decision.target is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -151,6 +152,12 @@ class Gateway:
     def foresee(self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None) -> Decision:
         """What `decide` would say, leaving no trace."""
         return decide(self._context(request, call, tried, failure), self.spill)[0]
+
+    def lacking(self, request: ApiRequest) -> dict[str, str]:
+        """Targets that are passed over for a request, each with the first field that it lacks."""
+        asked = ((to.name, None if to.adapter is None else to.adapter.takes(request)) for to in self.fleet.targets)
+        # The client's own words may be in it, and it goes into a header.
+        return {name: re.sub(r"[^!-~]", "?", lacks.field) for name, lacks in asked if lacks is not None}
 
     def output_bound(self, request: ApiRequest) -> int:
         """Most output tokens that a request can be billed for at a priced target."""

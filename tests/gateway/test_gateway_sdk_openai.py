@@ -207,13 +207,22 @@ async def test_closed_apis_answer_as_openai_would(
             await client.close()
 
 
-@pytest.mark.parametrize(("field", "value"), [("seed", 1), ("logit_bias", {"1": 1})])
-async def test_a_target_that_lacks_a_field_is_not_used_for_it(field: str, value: object, tmp_path: Path) -> None:
+LACKED = [("seed", 1, "seed"), ("logit_bias", {"1": 1}, "logit_bias"), ("a\r\nset-cookie: b", 1, "a??set-cookie:?b")]
+
+
+@pytest.mark.parametrize(("field", "value", "named"), LACKED)
+async def test_a_target_that_lacks_a_field_is_not_used_for_it(
+    field: str, value: object, named: str, tmp_path: Path
+) -> None:
     async with FakeUpstream(Behaviour(status=500)) as local, FakeUpstream() as target:
         aimed = aimed_at(gateway(tmp_path, local, target), tmp_path, "anthropic", target.board_url)
         async with client_of(aimed) as client:
-            with pytest.raises(openai.InternalServerError):
-                await client.chat.completions.create(**{"model": MODEL, "messages": HELLO, field: value})
+            explain = {"x-moestack-explain": "1"}
+            with pytest.raises(openai.InternalServerError) as caught:
+                await client.chat.completions.create(
+                    model=MODEL, messages=HELLO, extra_body={field: value}, extra_headers=explain
+                )
+        assert caught.value.response.headers["x-moestack-refused"] == f"t0: {named}"
         assert target.requests == []
 
 
