@@ -93,6 +93,23 @@ def status(
 
 
 @app.command()
+def costs(
+    state_dir: StateDir = None,
+    url: Annotated[str | None, typer.Option(help="A gateway's admin port.", show_default="the local stack's")] = None,
+    rent: Annotated[
+        float | None, typer.Option(min=0, help="USD per GPU-hour: splits own GPUs by prefill, decode and idle.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """What closed APIs and own GPUs have cost: by tenant, model and target, today and this month, with a forecast."""
+    from moe_cli.costs import show
+    from moe_cli.launch import default_state_dir
+
+    folder = (state_dir or default_state_dir()).resolve()
+    _end(asyncio.run(show(folder, Say(), url=url, usd_per_gpu_hour=rent, as_json=as_json)))
+
+
+@app.command()
 def experts(
     of: Annotated[
         str, typer.Option("--of", help="demand, assigned (by expert), rank-demand or rank (by EP rank).")

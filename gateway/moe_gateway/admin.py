@@ -13,6 +13,7 @@ from moe_api.base import Model
 from moe_core import foreign
 from moe_core.signing import CommandInvalid, SignatureRefused, describe
 from moe_core.wire import Ack, Knobs, Signed, Weights
+from moe_gateway import costs_api
 from moe_gateway.state import Gateway
 from moe_gateway.telemetry import WINDOW_MAX_S
 from moe_gateway.weights import given, newest
@@ -42,6 +43,7 @@ class Admin:
         app.router.add_put("/v1/weights", self.weights)
         app.router.add_get("/v1/digest", self.digest)
         app.router.add_get("/metrics", self.metrics)
+        costs_api.register(app, self._gateway)
         app.router.add_get("/healthz", self.healthz)
         app.router.add_get("/readyz", self.readyz)
         return app

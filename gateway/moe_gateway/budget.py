@@ -175,6 +175,11 @@ class Budget:
             await self._in_turn(self._report)
         return self._book
 
+    @property
+    def last_seen(self) -> Book:
+        """The books as they were at the last look."""
+        return self._book
+
     # What we hold
 
     def _free(self, day: str, scope: str) -> int:

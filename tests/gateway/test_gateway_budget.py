@@ -10,9 +10,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
-from moe_core.clock import FakeClock
+from moe_core.clock import FakeClock, SystemClock
 from moe_core.config import GatewayConfig, TargetConfig
 from moe_core.prices import PICO, Price, cost_usd
 from moe_gateway import money_journal
@@ -21,6 +22,7 @@ from moe_gateway.money import DEPLOYMENT, Book, Limits, total, utc_day
 from moe_gateway.money_store import MemoryStore, SqliteStore
 from moe_gateway.openai_api import Endpoint, parse, prompt_bound
 from moe_gateway.providers import adapter_of
+from moe_gateway.server import GatewayServer
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
 from tests.gateway.harness import Client, chat, config, running, until
 
@@ -311,3 +313,60 @@ async def test_an_unusable_store_says_so(tmp_path: Path) -> None:
         await budget.reserve("a", "t", Decimal(1))
     assert budget.left_usd() == 0
     await budget.close()
+
+
+async def test_both_attempts_of_a_failover_are_billed(tmp_path: Path) -> None:
+    """The first API did the work of the prompt before its connection broke; the second one answered."""
+    async with (
+        FakeUpstream() as local,
+        FakeUpstream(Behaviour(cut_after=0)) as first,
+        FakeUpstream(Behaviour(prompt_tokens=100, tokens=7)) as second,
+    ):
+        await local.close()
+        made = config(local, first, second, price=PRICE, stateDir=str(tmp_path), spill={"usdPerDay": "1"})
+        async with running(made) as client:
+            answer = await client.post(chat(max_tokens=50))
+            assert (answer.status, len(first.requests), len(second.requests)) == (200, 1, 1)
+            spent = await settled(client)
+            book = await client.server.gateway.budget.books()
+            (today,) = book.days.values()
+            prompt = client.server.gateway.upstreams["t0"].prompt_tokens(len(_sent(chat(max_tokens=50))))
+            assert today.known()[""] == {"t0": prompt * 5 * 10**6, "t1": (100 * 5 + 7 * 30) * 10**6}
+            assert spent == (prompt * Decimal(5) + 100 * Decimal(5) + 7 * Decimal(30)) / 10**6
+
+
+class Adjustable(SystemClock):
+    """The machine's clock, with a wall clock that somebody sets."""
+
+    offset_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.offset_s
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+async def test_a_clock_that_jumps_in_mid_stream_loses_no_money(hours: int, tmp_path: Path) -> None:
+    """A call counts against the day on which it was made, whenever it ends; and no day's budget is passed."""
+    clock, gate = Adjustable(), asyncio.Event()
+    async with FakeUpstream() as local, FakeUpstream(Behaviour(tokens=300, prompt_tokens=100, gate=gate)) as closed:
+        await local.close()
+        server = GatewayServer(paid(local, closed, tmp_path, "0.02"), clock)
+        await server.start()
+        try:
+            async with aiohttp.ClientSession() as session:
+                client = Client(server, session)
+                before = utc_day(clock.time())
+                waiting = asyncio.create_task(client.post(chat(max_tokens=300)))
+                await until(lambda: closed.requests)
+                clock.offset_s = hours * 3600
+                after = utc_day(clock.time())
+                gate.set()
+                assert (await waiting).status == 200
+                statuses = [(await client.post(chat(max_tokens=300))).status for _ in range(3)]
+                assert statuses == [200, 200, 503], "two of 0.0095 fit into the 0.02 of a day, the most of a third not"
+                await until(lambda: not server.gateway.calls)
+                book = await server.gateway.budget.books()
+                spent = {day: total(row.known()) for day, row in book.days.items()}
+                assert spent == {before: 9_500 * 10**6, after: 19_000 * 10**6}
+        finally:
+            await server.stop(drain_s=1.0)
