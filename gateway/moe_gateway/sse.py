@@ -70,9 +70,10 @@ class SseScanner:
         return event if self._object(document) else b""
 
     def flush(self) -> bytes:
-        """At the end of the upstream's bytes: the last event, if it only lacks its blank line."""
-        tail, self._buffer = self._buffer, b""
-        return self._read(tail) if tail.strip() else tail
+        """At the end of the upstream's bytes: the last event, with the blank line that it lacks, without which clients
+        take it for half an event."""
+        tail, self._buffer = self._buffer.rstrip(b"\r\n"), b""
+        return self._read(tail + b"\n\n") if tail.strip() else b""
 
     def _read(self, data: bytes) -> bytes:
         kept: list[bytes] | None = None

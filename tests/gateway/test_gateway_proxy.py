@@ -20,7 +20,6 @@ STREAM = b": keep-alive\n\n" + chunk() + chunk("Grüße ") + b"event: x\ndata: {
     [
         ("unix line ends, comments, named events", STREAM),
         ("dos line ends", STREAM.replace(b"\n", b"\r\n")),
-        ("no blank line at the end", STREAM[:-2]),
         ("no [DONE] but a finish reason", STREAM.removesuffix(DONE)),
     ],
 )
@@ -30,6 +29,11 @@ async def test_a_stream_passes_byte_for_byte(name: str, stream: bytes) -> None:
         assert (answer.status, answer.body, answer.whole) == (200, stream, True), name
         assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert "x-moestack-target" not in answer.headers
+
+
+async def test_a_last_event_without_its_blank_line_gets_it() -> None:
+    async with FakeUpstream(Behaviour(raw=STREAM[:-2])) as local, running(config(local)) as client:
+        assert (await client.post(chat())).body == STREAM
 
 
 async def test_the_request_body_passes_byte_for_byte() -> None:
