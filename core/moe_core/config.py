@@ -180,6 +180,7 @@ class GatewayConfig(Model):
     log_prompts: bool = Field(default=False, description="prompts into the log: for debugging, never for production")
     budget_store: BudgetStoreConfig = BudgetStoreConfig()
     tenant_budgets: TenantBudgets = TenantBudgets()
+    gpu_usd_per_hour: float | None = Field(default=None, ge=0, description="rent of one GPU of the deployment's own")
     egress: EgressConfig = EgressConfig()
     price_file: str | None = Field(
         default=None, description="TOML or JSON with prices of models, in place of the catalog's"

@@ -142,6 +142,11 @@ GATEWAY_RETRIES = _counter(
 GATEWAY_PROMPT_TOKENS = _counter("moestack_gateway_prompt_tokens_total", _GATEWAY, "Prompt tokens")
 GATEWAY_OUTPUT_TOKENS = _counter("moestack_gateway_output_tokens_total", _GATEWAY, "Output tokens")
 GATEWAY_SPEND = _counter("moestack_gateway_spend_usd_total", _GATEWAY, "Dollars owed to closed APIs")
+LOCAL_RENT = _counter(
+    "moestack_gateway_local_rent_usd_total",
+    (*_GATEWAY, "phase"),
+    "Rent of own GPUs since their replicas started: phase=prefill, decode or idle; each gateway tells the same",
+)
 GATEWAY_EGRESS = _counter(
     "moestack_gateway_egress_requests_total",
     (*_GATEWAY, "region", "policy", "result"),

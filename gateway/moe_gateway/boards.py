@@ -58,6 +58,7 @@ class BoardPoller:
             log.info("the board gives digests again")
         board.reachable = True
         now_s = self._gateway.clock.monotonic()
+        board.upstream.replicas = tuple(digests)
         if digests:
             board.upstream.report = summarise(board, digests, now_s)
             board.upstream.report_at_s = now_s

@@ -1,4 +1,4 @@
-"""GET /v1/costs of the admin port: what closed APIs have cost, from the books that all gateways share."""
+"""What the admin port says of costs: GET /v1/costs from the books that all gateways share, and the rent of own GPUs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from moe_core.costs import CostReport, CostRow, TargetPriceRow
 from moe_core.prices import PICO
 from moe_gateway.budget import BudgetUnavailable
 from moe_gateway.money import DEPLOYMENT, Spent, total, utc_day
+from moe_gateway.rent import RentCollector
 from moe_gateway.state import Gateway
 
 
@@ -20,6 +21,7 @@ def register(app: web.Application, gateway: Gateway) -> None:
         return web.Response(body=orjson.dumps(body), content_type="application/json")
 
     app.router.add_get("/v1/costs", costs)
+    gateway.telemetry.registry.register(RentCollector(gateway))
 
 
 async def report(gateway: Gateway) -> CostReport:

@@ -16,6 +16,7 @@ from moe_core.latency import LatencyEstimate
 from moe_core.log import redact
 from moe_core.prices import FREE, Price
 from moe_core.spill import EngineReport
+from moe_core.wire import ReplicaDigest
 from moe_gateway.egress import Asking
 from moe_gateway.ledger import Ledger
 from moe_gateway.openai_api import ApiRequest
@@ -84,6 +85,8 @@ class Upstream:
     estimate: LatencyEstimate = field(default_factory=LatencyEstimate)
     report: EngineReport | None = None
     report_at_s: float = 0.0
+    replicas: tuple[ReplicaDigest, ...] = ()
+    """What its board said last."""
     tokens_per_byte: float = TOKENS_PER_BYTE_PRIOR
     ours: bool = False
     """Whether it is an engine of this project, which has a board and knows tiers."""

@@ -54,8 +54,6 @@ UNHEEDED = {
 process_config.unheeded."""
 SAME = {
     ("experts.overflow", "ExpertChoice"): TUNED,
-    ("fallback.dataPolicy.egress", "ZeroRetentionOnly"): "every target may be used under either policy",
-    ("fallback.dataPolicy.egress", "Region"): "every target may be used under either policy",
     ("fallback.targets[].region", UNSET): "no region is as good as one that is not allowed",
     ("monitoring.monitors", "Enabled"): "the same as Auto where the kind is installed",
     ("monitoring.alerts", "Enabled"): "the same as Auto where the kind is installed",

@@ -126,3 +126,16 @@ def test_the_parts_of_rent_are_the_rent(busy_s: float) -> None:
     assert found is not None
     assert found.usd == pytest.approx(20.0)
     assert min(found.prefill_usd, found.decode_usd, found.idle_usd) >= 0
+
+
+async def test_rent_is_exported_by_what_the_gpus_did() -> None:
+    async with FakeUpstream() as local:
+        local.digests = [_replica(3600, 1800, 1200).to_json()]
+        async with running(config(local, gpuUsdPerHour=3.0)) as client:
+            gateway = client.server.gateway
+            await until(lambda: gateway.upstreams["r0"].replicas)
+            name = "moestack_gateway_local_rent_usd_total"
+            told = {
+                phase: await client.metric(name, target="r0", phase=phase) for phase in ("prefill", "decode", "idle")
+            }
+            assert told == pytest.approx({"prefill": 1.0, "decode": 2.0, "idle": 3.0})
