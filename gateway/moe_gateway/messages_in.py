@@ -39,8 +39,11 @@ def parse_messages(raw: bytes) -> ApiRequest:
     chat = {name: document[name] for name in _SAME if document.get(name) is not None}
     if chat.get("stream"):
         chat["stream_options"] = {"include_usage": True}  # the last event of a message tells it
-    chat["messages"] = _messages(document)
-    chat |= _options(document)
+    try:
+        chat["messages"] = _messages(document)
+        chat |= _options(document)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ApiError(400, "the body is not of the form of the messages API", code="invalid_request") from None
     request = parse(Endpoint.CHAT, orjson.dumps(chat))
     return ApiRequest(
         endpoint=Endpoint.CHAT,

@@ -69,6 +69,8 @@ class ApiRequest:
     choices: int = 1
     messages: dict[str, Any] | None = None
     """The request in Anthropic's messages form, where it came in that; `document` and `raw` are its translation."""
+    verdicts: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
+    """What adapters have said of it, so that a decision that is made again does not translate again."""
     document: dict[str, Any] = field(default_factory=dict)
 
 

@@ -155,7 +155,7 @@ class Gateway:
 
     def lacking(self, request: ApiRequest) -> dict[str, str]:
         """Targets that are passed over for a request, each with the first field that it lacks."""
-        asked = ((to.name, None if to.adapter is None else to.adapter.takes(request)) for to in self.fleet.targets)
+        asked = ((to.name, None if to.adapter is None else to.adapter.lacks(request)) for to in self.fleet.targets)
         # The client's own words may be in it, and it goes into a header.
         return {name: re.sub(r"[^!-~]", "?", lacks.field) for name, lacks in asked if lacks is not None}
 
@@ -186,7 +186,7 @@ class Gateway:
                 if target.target is not None
                 and asking.refusal(target.target) is None
                 and target.adapter is not None
-                and target.adapter.takes(request) is None
+                and target.adapter.lacks(request) is None
             ),
             budget_left_usd=self.budget.left_usd(call.tenant) if self.fleet.targets else None,
             elapsed_s=now_s - call.arrived_s,

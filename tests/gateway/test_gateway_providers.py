@@ -10,12 +10,15 @@ import openai.types.chat as o
 import pytest
 from anthropic.types.message_create_params import MessageCreateParamsNonStreaming, MessageCreateParamsStreaming
 from google.genai import types as g
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types.chat import completion_create_params
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from moe_core.clock import FakeClock
 from moe_core.config import TargetConfig
-from moe_gateway.openai_api import ApiRequest, Endpoint, Usage, parse
+from moe_gateway.messages_in import parse_messages
+from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint, Usage, parse
 from moe_gateway.providers import SUPPORTED, adapter_of
 from moe_gateway.providers.base import Adapter
 from moe_gateway.providers.openai import CHAT_FIELDS
@@ -402,3 +405,54 @@ def test_usage_tells_cached_tokens() -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
     assert read_usage({"usage": usage}) == Usage(9, 2, 4)
     assert read_usage({"usage": {**usage, "prompt_tokens_details": {"cached_tokens": 99}}}) == Usage(9, 2, 9)
+
+
+# Requests of any form: clients write them, so none may be too much
+
+WORDS = st.sampled_from(
+    [
+        *("user", "assistant", "tool", "system", "text", "image", "image_url", "tool_use", "tool_result", "thinking"),
+        *("function", "auto", "none", "low", "json_schema", "url", "base64", "enabled", "custom", CAT, "{}", ""),
+    ]
+)
+NAMES = st.sampled_from(
+    [
+        *("role", "content", "type", "text", "image_url", "url", "detail", "tool_calls", "function", "name", "source"),
+        *("arguments", "id", "tool_call_id", "tool_use_id", "json_schema", "schema", "input", "parameters", "effort"),
+    ]
+)
+NONSENSE = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**63 - 1) | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=5),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from(
+    [
+        *("messages", "tools", "tool_choice", "response_format", "reasoning_effort", "stop", "user", "system", "n"),
+        *("output_config", "thinking", "metadata", "service_tier", "stop_sequences", "top_k", "parallel_tool_calls"),
+    ]
+)
+
+
+@pytest.mark.parametrize("provider", SUPPORTED)
+@given(fields=st.dictionaries(FIELDS, NONSENSE, max_size=4))
+def test_whatever_is_asked_a_target_takes_it_or_names_what_it_lacks(provider: str, fields: dict[str, Any]) -> None:
+    made, request = adapter(provider), asked(**fields)
+    refused = made.takes(request)
+    if refused is None:
+        assert isinstance(json.loads(made.body(request, 10)), dict)
+    else:
+        assert refused.field
+        assert refused.remedy
+
+
+@given(fields=st.dictionaries(FIELDS, NONSENSE, max_size=4))
+def test_whatever_is_asked_of_messages_is_read_or_refused_by_400(fields: dict[str, Any]) -> None:
+    document = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}], **fields}
+    try:
+        request = parse_messages(json.dumps(document).encode())
+    except ApiError as error:
+        assert error.status == 400  # noqa: PT017 (either end is right, and one of them it must be)
+    else:
+        assert request.messages == document
+        assert request.document["messages"]

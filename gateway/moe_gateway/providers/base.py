@@ -72,6 +72,13 @@ class Adapter(ABC):
         self.target = target
         self.clock = clock
 
+    def lacks(self, request: ApiRequest) -> Unsupported | None:
+        """`takes`, asked once for a request however often it is decided on."""
+        if self not in request.verdicts:
+            request.verdicts[self] = self.takes(request)
+        verdict = request.verdicts[self]
+        return verdict if isinstance(verdict, Unsupported) else None
+
     @abstractmethod
     def takes(self, request: ApiRequest) -> Unsupported | None:
         """What of the request this target lacks; None where it takes all of it. Nothing is ever silently dropped."""

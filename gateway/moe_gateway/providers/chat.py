@@ -35,6 +35,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
 }
 """Values that ask for what OpenAI does by default: they need no counterpart elsewhere."""
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+"""What a translation meets where a request is not of OpenAI's form; our engine tells the client what is wrong."""
+NO_FORM = Unsupported("body", "is not of the form of OpenAI's chat API")
 ROUTING = frozenset({"messages", "model", "stream", "stream_options"})
 """Fields that the gateway itself answers for."""
 

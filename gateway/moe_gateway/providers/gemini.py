@@ -57,6 +57,8 @@ class GeminiAdapter(Adapter):
             _document(request, None)
         except Refusal as refusal:
             return refusal.unsupported
+        except chat.MALFORMED:
+            return chat.NO_FORM
         return None
 
     def body(self, request: ApiRequest, output_cap: int | None) -> bytes:
