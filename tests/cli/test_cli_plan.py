@@ -272,7 +272,7 @@ def test_an_own_server_without_a_price_is_noted(price: dict[str, str], noted: bo
 @pytest.mark.parametrize(
     ("name", "change", "field"),
     [
-        ("no price", {"price": {}}, "price"),
+        ("no price, and none in the catalog", {"price": {}, "model": "no-such-model"}, "price"),
         ("half a price", {"price": {"inputUsdPerMTokens": "5"}}, "price"),
         ("no address of Bedrock", {"provider": "bedrock"}, "region"),
     ],

@@ -230,7 +230,7 @@ async def test_a_bad_window_is_refused(two: Two, window: str) -> None:
 
 
 async def test_metrics_are_those_of_the_table() -> None:
-    ours = [metric for name, metric in vars(table).items() if name.startswith("GATEWAY_")]
+    ours = [metric for name, metric in vars(table).items() if name.startswith(("GATEWAY_", "GEN_AI_"))]
     async with FakeUpstream() as local, FakeUpstream() as target, running(config(local, target)) as client:
         await client.post(chat())
         local.behaviours = [Behaviour(status=500)]
