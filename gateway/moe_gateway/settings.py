@@ -69,6 +69,8 @@ def check(config: GatewayConfig) -> None:
     _check_store(config, priced)
     if config.spill.usd_per_day is not None and config.spill.usd_per_day < 0:
         raise ConfigRefused("spill.usdPerDay: must not be below 0")
+    if config.tracing is not None and not config.tracing.endpoint.startswith(("http://", "https://")):
+        raise ConfigRefused("tracing.endpoint: must begin with http:// or https://")
     try:
         Verifier(config.trusted_keys)
     except ValueError:

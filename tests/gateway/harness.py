@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from moe_core.clock import Clock
 from moe_core.config import GatewayConfig
 from moe_core.signing import Signer
 from moe_core.wire import FallbackKnobs, Knobs, Weights
@@ -142,9 +143,9 @@ class Client:
 
 
 @asynccontextmanager
-async def running(settings: GatewayConfig) -> AsyncIterator[Client]:
+async def running(settings: GatewayConfig, clock: Clock | None = None) -> AsyncIterator[Client]:
     """A gateway on free ports, stopped at the end."""
-    server = GatewayServer(settings)
+    server = GatewayServer(settings, clock)
     await server.start()
     async with aiohttp.ClientSession(auto_decompress=False) as session:
         try:
