@@ -112,5 +112,5 @@ async def test_a_bad_value_is_refused_by_its_field_and_the_old_one_stays(
 def test_every_field_is_hot_or_named_as_one_that_waits() -> None:
     """A field that is added has to be put on one of the two lists, and the guide with it."""
     hot = {"model", "revisions", "weights", "weights_version", "slo", "tiers", "targets", "spill", "limits", "auth"}
-    hot |= {"trusted_keys", "tracing", "log_ok_share", "log_prompts", "tenant_budgets", "price_file"}
+    hot |= {"trusted_keys", "tracing", "log_ok_share", "log_prompts", "tenant_budgets", "price_file", "egress"}
     assert set(GatewayConfig.model_fields) - hot == set(AT_START)
