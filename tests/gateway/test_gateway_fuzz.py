@@ -347,11 +347,7 @@ def one_end(reply: Reply) -> None:
     if reply.status == 200 and b"text/event-stream" in reply.head:
         assert body.count(b'"stream_cut"') <= (b"data: [DONE]" not in body), body
         assert any(end in body for end in (b"data: [DONE]", b'"error"', b'"finish_reason"')), body
-        assert body.endswith((b"
-
-", b"
-
-")) or b'"stream_cut"' not in body, body
+        assert body.endswith((b"\n\n", b"\r\n\r\n")) or b'"stream_cut"' not in body, body
 
 
 @pytest.mark.parametrize("cases", MANY)
