@@ -71,6 +71,7 @@ class Gateway:
         self.telemetry.log_ok_share = config.log_ok_share
         folder = None if config.state_dir is None else Path(config.state_dir)
         self.budget = Budget(store_of(config), limits_of(config), clock, folder)
+        self._tell_prices()
         self.audit = Audit(config.deployment, self.telemetry.registry, self.log)
         self.spill = SpillState()
         self.knobs: Knobs | None = None
@@ -270,6 +271,13 @@ class Gateway:
     def weights(self) -> dict[str, int]:
         return {upstream.name: upstream.weight for upstream in self.fleet.revisions}
 
+    def _tell_prices(self) -> None:
+        """Whose word each target's books are kept by."""
+        for target in self.fleet.targets:
+            price = target.price
+            rates = {"input": str(price.input_usd_per_m), "output": str(price.output_usd_per_m)}
+            self.log.info("price", target=target.name, usd_per_m=rates, source=price.source, dated=price.dated or None)
+
     # Configuration
 
     async def reconfigure(self, config: GatewayConfig, config_hash: str) -> None:
@@ -286,6 +294,7 @@ class Gateway:
         await self._follow_tracing(config)
         self._follow_weights()
         self.log.info("configuration in force", hash=config_hash)
+        self._tell_prices()
         await self.budget.limit(limits_of(config))
 
     async def _follow_tracing(self, config: GatewayConfig) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sqlite3
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -370,3 +371,33 @@ async def test_a_clock_that_jumps_in_mid_stream_loses_no_money(hours: int, tmp_p
                 assert spent == {before: 9_500 * 10**6, after: 19_000 * 10**6}
         finally:
             await server.stop(drain_s=1.0)
+
+
+async def test_a_killed_process_leaves_its_call_counted_and_the_rest_to_its_successor(tmp_path: Path) -> None:
+    async with FakeUpstream() as local, FakeUpstream(Behaviour(tokens=7, prompt_tokens=100)) as closed:
+        await local.close()
+        settings = paid(local, closed, tmp_path, "1")
+        file = tmp_path / "gateway.json"
+        file.write_text(json.dumps(settings.to_json()))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "moe_gateway", "--config", str(file)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{json.loads(await process.stdout.readline())['port']}/v1/chat/completions"
+        async with aiohttp.ClientSession() as session:
+            async with session.post(url, json=chat(False, max_tokens=50)) as response:
+                assert response.status == 200
+            closed.default = Behaviour(stall=True)
+            body = chat(False, max_tokens=50)
+            lost = asyncio.create_task(session.post(url, json=body))
+            await until(lambda: len(closed.requests) == 2)
+            process.kill()
+            await process.wait()
+            with pytest.raises(aiohttp.ClientError):
+                await lost
+        most = cost_usd(len(_sent(body)), 50, Price(Decimal(5), Decimal(30)))
+        async with running(settings) as client:
+            assert await settled(client) == (100 * Decimal(5) + 7 * Decimal(30)) / 10**6 + most
