@@ -1,6 +1,6 @@
 """Which fallback targets a local stack may use. Pure; fails closed where money or data could leave.
 
-The local gateway knows one budget a day, OpenAI's API and no tiers. What a resource forbids and this gateway could not
+The local gateway knows one budget a day and no tiers. What a resource forbids and this gateway could not
 keep apart is left out, and said.
 """
 
