@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from enum import StrEnum
 
-from moe_core.latency import UNKNOWN, LatencyEstimate, predict_ttft_s
+from moe_core.latency import SHIFT_S, UNKNOWN, LatencyEstimate, itl_sigma, predict_itl_s, predict_ttft_s
 
 SHARE_WINDOW_S = 60.0
 """Time constant of the counts behind the share cap."""
@@ -88,6 +88,7 @@ class EngineReport:
     age_s: float
     foreign_running: int = 0
     foreign_waiting: int = 0
+    replicas: int = 1
 
     def aged(self, by_s: float) -> EngineReport:
         """The same report, `by_s` seconds later."""
@@ -96,7 +97,11 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True)
 class RevisionView:
-    """A local revision as the gateway sees it now. `waiting_*`: sent by this gateway, no first token yet."""
+    """A local revision as the gateway sees it now.
+
+    `waiting_*`: sent by this gateway and those that share their ledgers with it, no first token yet. `head_tokens`: of the
+    one that waits longest, on whose prompt the engine has been at work for at most `head_s` seconds.
+    """
 
     name: str
     weight: int
@@ -106,16 +111,19 @@ class RevisionView:
     running: int = 0
     report: EngineReport | None = None
     estimate: LatencyEstimate = UNKNOWN
+    head_tokens: float = 0.0
+    head_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class TargetView:
-    """A closed API now. `cost_usd` is the most that this request can cost there."""
+    """A closed API now. `cost_usd` is the most that this request can cost there, `expected_usd` what it likely does."""
 
     name: str
     available: bool = True
     cost_usd: Decimal = Decimal(0)
     estimate: LatencyEstimate = UNKNOWN
+    expected_usd: Decimal = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +148,7 @@ class SpillContext:
     elapsed_s: float = 0.0
     tried: frozenset[str] = frozenset()
     local_failure: Failure | None = None
+    itl_slo_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +170,9 @@ class Forecast:
     p_miss: float
     work_tokens: float
     slot_wait_s: float
+    running: float = 0.0
+    p_slow: float = 0.0
+    """P(ITL > SLO) by the line alone; `p_miss` has it by what came true of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,16 +226,33 @@ def forecast_local(context: SpillContext, revision: RevisionView) -> Forecast:
     useful = report is not None and report.age_s < REPORT_USELESS_S
     foreign_running = report.foreign_running if report is not None and useful else 0
     foreign_waiting = report.foreign_waiting if report is not None and useful else 0
-    work = revision.waiting_tokens + foreign_waiting * revision.estimate.prompt_tokens + context.prompt_tokens
+    replicas = max(1, report.replicas) if report is not None else 1
+    estimate = revision.estimate
+    work = revision.waiting_tokens + foreign_waiting * estimate.prompt_tokens
+    running = (revision.running + foreign_running) / replicas
+    if revision.head_tokens > 0:
+        per_token_s = predict_ttft_s(estimate, 1.0, 0.0, running) - estimate.line[0]
+        work -= min(revision.head_tokens, 0.9 * revision.head_s * replicas / max(per_token_s, 1e-9))
+    work = work / replicas + context.prompt_tokens
     ahead = revision.running + revision.waiting_requests + foreign_running + foreign_waiting
     slot_wait_s = 0.0
     if report is not None and useful:
         limit = max(1, report.active_limit if report.kv_usage < _KV_FULL else min(report.active_limit, report.running))
-        slot_wait_s = max(0, ahead + 1 - limit) * revision.estimate.service_s / limit
-    ttft_s = predict_ttft_s(revision.estimate, work, slot_wait_s)
-    sigma = math.hypot(revision.estimate.sigma, _stale_sigma(report))
+        slot_wait_s = max(0, ahead + 1 - limit) * estimate.service_s / limit
+    ttft_s = predict_ttft_s(estimate, work, slot_wait_s, running)
+    sigma = math.hypot(estimate.sigma, _stale_sigma(report))
     left_s = context.ttft_slo_s - context.elapsed_s
-    return Forecast(ttft_s, p_above(ttft_s, sigma, left_s), work, slot_wait_s)
+    p_miss, p_slow = p_late(ttft_s, sigma, left_s), 0.0
+    if context.itl_slo_s < math.inf and estimate.itl_weight > 0:
+        p_slow = p_above(predict_itl_s(estimate, running), itl_sigma(estimate), context.itl_slo_s)
+        # A line's error has no tail like the law's where steps can last no longer: by what came true of what was told.
+        p_miss = 1.0 - (1.0 - p_miss) * (1.0 - p_slow * min(1.0, estimate.slow_seen / estimate.slow_told))
+    return Forecast(ttft_s, p_miss, work, slot_wait_s, running, p_slow)
+
+
+def p_late(median_s: float, sigma: float, left_s: float) -> float:
+    """P(TTFT > left) where ln(TTFT + SHIFT_S) is normal: errors of a short TTFT are not relative to it."""
+    return 1.0 if left_s <= 0 else p_above(median_s + SHIFT_S, sigma, left_s + SHIFT_S)
 
 
 def p_above(median_s: float, sigma: float, limit_s: float) -> float:
@@ -298,7 +327,7 @@ def _pick_target(
             continue
         if p_miss_local is not None:
             ttft_s = predict_ttft_s(target.estimate, context.prompt_tokens)
-            if p_above(ttft_s, target.estimate.sigma, context.ttft_slo_s - context.elapsed_s) >= p_miss_local:
+            if p_late(ttft_s, target.estimate.sigma, context.ttft_slo_s - context.elapsed_s) >= p_miss_local:
                 blocked = Blocked.NO_GAIN
                 continue
         return target, None

@@ -6,6 +6,7 @@ the same functions of moe_core: breakers on send, success and failure; estimates
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal
 from typing import Any
 
@@ -26,24 +27,74 @@ from moe_planner.sim.policy import Decide
 from moe_planner.sim.world import LOCAL, World
 
 CLOSED = Breaker()
+API_PRIOR = LatencyEstimate(base_prior_s=0.6, slope_prior_s=2e-5, itl_s=0.02)
+"""What a gateway takes for granted of a closed API before its first answer."""
 BYTES_PER_TOKEN = 4
 """The most that a request can cost counts every byte of its body as a token."""
+_NO_HEAD = (math.inf, 0)
+SMOOTH_REPORTS = 3
 _MILLION = Decimal(1_000_000)
+
+
+class Siblings:
+    """What workers last told one another of their ledgers: all at the same moments, `every_s` apart.
+
+    The first change or question after such a moment looks at all ledgers, which are then as they were at it.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self.gates: list[Gateway] = []
+        self._every_s, self._next_s = every_s, 0.0
+        self.waiting = self.running = self.tokens = 0
+        self.progress_s = 0.0
+        self.estimates: dict[str, LatencyEstimate] = {}
+        self.seen: list[tuple[str, float, float, int, float, float, float]] = []
+        self.decoded: list[tuple[str, float | None, int, float, float]] = []
+
+    def tell(self, now_s: float) -> None:
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s - now_s % self._every_s + self._every_s
+        gates = self.gates
+        for gate in gates:
+            gate.told = (gate.waiting, gate.waiting_tokens, gate.running, gate.head())
+        self.waiting = sum(gate.waiting for gate in gates)
+        self.tokens = sum(gate.waiting_tokens for gate in gates)
+        self.running = sum(gate.running for gate in gates)
+        self.progress_s = max(gate.progress_s for gate in gates)
+        for one in self.seen:
+            _observe(self.estimates, *one)
+        for ended in self.decoded:
+            self.gates[0].learn_decode(*ended)
+        self.seen.clear()
+        self.decoded.clear()
 
 
 class Gateway:
     """Live state of one gateway process."""
 
-    def __init__(self, world: World, decide: Decide, state: Any) -> None:
+    def __init__(self, world: World, decide: Decide, state: Any, siblings: Siblings | None = None) -> None:
+        self._siblings = siblings
+        if siblings is not None:
+            siblings.gates.append(self)
+        self.told: tuple[int, int, int, tuple[float, int]] = (0, 0, 0, _NO_HEAD)
+        self._queue: dict[int, tuple[float, int]] = {}
+        self.progress_s = 0.0
+        """When a prompt was done last."""
+        self._foreign: list[tuple[int, int]] = []
         self._decide, self._state = decide, state
         self.names = (LOCAL, *(api.name for api in world.apis))
-        self.estimates: dict[str, LatencyEstimate] = {name: LatencyEstimate() for name in self.names}
+        self.estimates: dict[str, LatencyEstimate] = dict.fromkeys(self.names, API_PRIOR)
+        self.estimates[LOCAL] = LatencyEstimate()
+        if siblings is not None:  # what one sees, all learn from
+            siblings.estimates = siblings.estimates or self.estimates
+            self.estimates = siblings.estimates
         self.breakers: dict[str, Breaker] = dict.fromkeys(self.names, CLOSED)
         self.waiting = self.running = 0
         self.waiting_tokens = 0
-        self._report: tuple[int, int, float, int, int, int] | None = None
+        self._report: tuple[int, int, float, int, int, int, int] | None = None
         self._report_at_s = 0.0
-        self._slo_s = world.slo.ttft_s
+        self._slo_s, self._itl_slo_s = world.slo.ttft_s, world.slo.itl_s
         self._prices = tuple(
             (
                 api.name,
@@ -57,11 +108,37 @@ class Gateway:
         """The most that a request can cost at a target."""
         return next(fixed + input_tokens * each for target, each, fixed in self._prices if target == name)
 
-    def reported(self, running: int, waiting: int, kv_usage: float, active_limit: int, at_s: float) -> None:
+    def reported(
+        self, running: int, waiting: int, kv_usage: float, active_limit: int, at_s: float, replicas: int
+    ) -> None:
         """A report of the engines has come; it says how things were at `at_s`."""
-        foreign = foreign_load(running, waiting, self.running, self.waiting)
-        self._report = (running, waiting, kv_usage, active_limit, *foreign)
+        known_waiting, _, known_running, _ = self._known(at_s)
+        foreign = foreign_load(running, waiting, known_running, known_waiting)
+        self._foreign = [*self._foreign, foreign][-SMOOTH_REPORTS:]
+        self._report = (running, waiting, kv_usage, active_limit, *min(self._foreign, key=sum), replicas)
         self._report_at_s = at_s
+
+    def head(self) -> tuple[float, int]:
+        """(when it was sent, its prompt tokens) of the request that waits longest."""
+        return next(iter(self._queue.values()), _NO_HEAD)
+
+    def _known(self, now_s: float) -> tuple[int, int, int, tuple[float, int]]:
+        """(waiting, their tokens, running, (since, tokens) of the prompt at work): own ledger and what siblings told."""
+        siblings = self._siblings
+        since, tokens = self.head()
+        if siblings is None:
+            return self.waiting, self.waiting_tokens, self.running, (max(since, self.progress_s), tokens)
+        siblings.tell(now_s)
+        waiting, waiting_tokens, running, _ = self.told
+        for gate in siblings.gates:
+            if gate is not self and gate.told[3][0] < since:
+                since, tokens = gate.told[3]
+        return (
+            self.waiting + siblings.waiting - waiting,
+            self.waiting_tokens + siblings.tokens - waiting_tokens,
+            self.running + siblings.running - running,
+            (max(since, self.progress_s, siblings.progress_s), tokens),
+        )
 
     def decide(
         self,
@@ -76,19 +153,22 @@ class Gateway:
         """Ask the policy, and keep its next state."""
         known, report = self._report, None
         if known is not None:
-            running, waiting, kv_usage, limit, foreign_running, foreign_waiting = known
+            running, waiting, kv_usage, limit, foreign_running, foreign_waiting, replicas = known
             age_s = now_s - self._report_at_s
-            report = EngineReport(running, waiting, kv_usage, limit, age_s, foreign_running, foreign_waiting)
+            report = EngineReport(running, waiting, kv_usage, limit, age_s, foreign_running, foreign_waiting, replicas)
         allowed, estimates = self.breakers, self.estimates
+        own_waiting, own_tokens, own_running, (since_s, head_tokens) = self._known(now_s)
         revision = RevisionView(
             LOCAL,
             100,
             breakers.allows(allowed[LOCAL], now_s),
-            self.waiting,
-            self.waiting_tokens,
-            self.running,
+            own_waiting,
+            own_tokens,
+            own_running,
             report,
             estimates[LOCAL],
+            head_tokens,
+            max(0.0, now_s - since_s) if head_tokens else 0.0,
         )
         targets = tuple(
             TargetView(name, breakers.allows(allowed[name], now_s), fixed + input_tokens * each, estimates[name])
@@ -105,11 +185,34 @@ class Gateway:
             elapsed_s,
             tried,
             failure,
+            self._itl_slo_s,
         )
         decision, self._state = self._decide(context, self._state)
         return decision
 
     # What becomes of requests
+
+    def queued(self, request: int, now_s: float, tokens: int) -> None:
+        """A request was sent to the own replicas."""
+        self._tell(now_s)
+        self.waiting += 1
+        self.waiting_tokens += tokens
+        self._queue[request] = (now_s, tokens)
+
+    def left_queue(self, request: int, now_s: float) -> None:
+        """Its prompt is done, or it is lost."""
+        self._tell(now_s)
+        self.waiting -= 1
+        self.waiting_tokens -= self._queue.pop(request)[1]
+        self.progress_s = now_s
+
+    def decoding(self, more: int, now_s: float) -> None:
+        self._tell(now_s)
+        self.running += more
+
+    def _tell(self, now_s: float) -> None:
+        if self._siblings is not None:
+            self._siblings.tell(now_s)
 
     def sent(self, name: str, now_s: float) -> None:
         if self.breakers[name] is not CLOSED:
@@ -128,17 +231,57 @@ class Gateway:
             self.breakers[name] = breakers.on_abandoned(self.breakers[name], now_s)
 
     def first_token(
-        self, name: str, now_s: float, work_tokens: float, input_tokens: int, slot_wait_s: float, ttft_s: float
+        self,
+        name: str,
+        now_s: float,
+        work_tokens: float,
+        input_tokens: int,
+        slot_wait_s: float,
+        ttft_s: float,
+        running: float = 0.0,
     ) -> None:
         self.succeeded(name)
-        self.estimates[name] = observe_ttft(
+        seen = (name, now_s, work_tokens, input_tokens, slot_wait_s, ttft_s, running)
+        if self._siblings is None:
+            _observe(self.estimates, *seen)
+        else:
+            self._siblings.seen.append(seen)
+
+    def ended(
+        self, name: str, itl_s: float | None, output_tokens: int, running: float = 0.0, p_slow: float = 0.0
+    ) -> None:
+        if self._siblings is not None:
+            self._siblings.decoded.append((name, itl_s, output_tokens, running, p_slow))
+            return
+        self.learn_decode(name, itl_s, output_tokens, running, p_slow)
+
+    def learn_decode(self, name: str, itl_s: float | None, output_tokens: int, running: float, p_slow: float) -> None:
+        self.estimates[name] = observe_decode(
             self.estimates[name],
-            now_s,
-            work_tokens=work_tokens,
-            prompt_tokens=input_tokens,
-            slot_wait_s=slot_wait_s,
-            ttft_s=ttft_s,
+            itl_s=itl_s,
+            output_tokens=output_tokens,
+            running=running,
+            p_slow=p_slow,
+            slow=itl_s is not None and itl_s > self._itl_slo_s,
         )
 
-    def ended(self, name: str, itl_s: float | None, output_tokens: int) -> None:
-        self.estimates[name] = observe_decode(self.estimates[name], itl_s=itl_s, output_tokens=output_tokens)
+
+def _observe(
+    estimates: dict[str, LatencyEstimate],
+    name: str,
+    now_s: float,
+    work_tokens: float,
+    input_tokens: int,
+    slot_wait_s: float,
+    ttft_s: float,
+    running: float,
+) -> None:
+    estimates[name] = observe_ttft(
+        estimates[name],
+        now_s,
+        work_tokens=work_tokens,
+        prompt_tokens=input_tokens,
+        slot_wait_s=slot_wait_s,
+        ttft_s=ttft_s,
+        running=running,
+    )

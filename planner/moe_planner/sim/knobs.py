@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from moe_core.setting import Setting
 from moe_core.spill import Thresholds
-from moe_planner.sim.experts import Balance, ExpertLoad, load_over_time
+from moe_planner.sim.engine import Engine
+from moe_planner.sim.experts import Balance, ExpertLoad, Experts, load_over_time
 from moe_planner.sim.policy import Control, ControlContext
 from moe_planner.sim.signals import observe
 
@@ -48,10 +49,10 @@ class Knobs:
         if up:
             running, waiting = sum(replica.running for replica in up), sum(len(replica.queue) for replica in up)
             usage, limit = max(replica.kv_usage for replica in up), sum(replica.active_limit for replica in up)
-            run.push(now + run.world.report_lag_s, self._reported, (running, waiting, usage, limit, now))
+            run.push(now + run.world.report_lag_s, self._reported, (running, waiting, usage, limit, now, len(up)))
         run.push(now + run.world.report_every_s, self._report, None)
 
-    def _reported(self, _: float, counts: tuple[int, int, float, int, float]) -> None:
+    def _reported(self, _: float, counts: tuple[int, int, float, int, float, int]) -> None:
         for gate in self._run.gates:
             gate.reported(*counts)
 
@@ -92,12 +93,16 @@ class Knobs:
         prefill, decode = engine.prefill_token_s, engine.active_s
         if experts is not None:
             self.balance = experts.balance(self._spell, self.setting.experts)
-            of = experts.of
-            prefill *= 1.0 + of.prefill_share * (self.balance.prefill - 1.0)
-            full = engine.decode_s + engine.max_active * engine.active_s
-            decode += of.decode_share * full / engine.max_active * (self.balance.decode - 1.0)
+            prefill, decode = slowed(engine, experts.of, self.balance)
         for index, replica in enumerate(run.replicas):
-            replica.prefill_token_s, replica.active_s = prefill, max(0.0, decode)
+            replica.prefill_token_s, replica.active_s = prefill, decode
             if replica.end < math.inf:
                 replica.cut(run.now)
                 run.wakes[index] = replica.end
+
+
+def slowed(engine: Engine, experts: Experts, balance: Balance) -> tuple[float, float]:
+    """Seconds of a prompt token and of a decoding sequence in a step, with that much imbalance."""
+    full = engine.decode_s + engine.max_active * engine.active_s
+    decode = engine.active_s + experts.decode_share * full / engine.max_active * (balance.decode - 1.0)
+    return engine.prefill_token_s * (1.0 + experts.prefill_share * (balance.prefill - 1.0)), max(0.0, decode)

@@ -43,6 +43,8 @@ class Policy:
     control_delay_s: float = 0.0  # from a decision to its effect
     control_window_s: float = 10.0
     setting: Setting = _UNMOVED
+    share_every_s: float | None = 0.01
+    """Several gateways tell one another their ledgers so often; None: never, each knows its own requests alone."""
 
 
 _HERE = Decision(Action.LOCAL, Reason.WITHIN_SLO, LOCAL)

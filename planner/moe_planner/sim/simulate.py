@@ -14,7 +14,7 @@ import numpy as np
 from moe_core.spill import Action, Decision, Failure, SpillContext
 from moe_planner.sim.books import Snapshot, books
 from moe_planner.sim.closed import ClosedApis
-from moe_planner.sim.gateway import Gateway
+from moe_planner.sim.gateway import Gateway, Siblings
 from moe_planner.sim.knobs import Knobs
 from moe_planner.sim.policy import Policy, always_local
 from moe_planner.sim.replica import Replica
@@ -68,6 +68,8 @@ class Run:
         self.p_miss = [NAN] * count
         self.work = [0.0] * count
         self.slot_wait = [0.0] * count
+        self.beside = [0.0] * count
+        self.p_slow = [0.0] * count
         self.gate = [0] * count
         if world.gateways > 1:
             self.gate = [self.rng.randrange(world.gateways) for _ in range(count)]
@@ -81,7 +83,9 @@ class Run:
         self.tried: dict[int, frozenset[str]] = {}
         self.replicas = [Replica(world.engine, self.input, self.output, self.made) for _ in range(world.replicas)]
         self.plain = policy.decide is always_local
-        self.gates = [Gateway(world, self._decider(), policy.state) for _ in range(world.gateways)]
+        every_s = policy.share_every_s
+        siblings = Siblings(every_s) if every_s is not None and world.gateways > 1 else None
+        self.gates = [Gateway(world, self._decider(), policy.state, siblings) for _ in range(world.gateways)]
         self.arrived = self.ended = 0
         self.log: list[tuple[float, int]] = []
         """(time, request) of every end, for the signals of a control."""
@@ -157,9 +161,8 @@ class Run:
                 self.ttft[request] = now + overhead - self.at[request]
                 if not plain:
                     gate = self.gates[self.gate[request]]
-                    gate.waiting -= 1
-                    gate.waiting_tokens -= self.input[request]
-                    gate.running += 1
+                    gate.left_queue(request, now)
+                    gate.decoding(1, now)
                     gate.first_token(
                         LOCAL,
                         now,
@@ -167,6 +170,7 @@ class Run:
                         self.input[request],
                         self.slot_wait[request],
                         now + overhead - self.sent_s[request],
+                        self.beside[request],
                     )
         for request in ended:
             tokens, itl = self.output[request], None
@@ -174,8 +178,8 @@ class Run:
                 self.itl[request] = itl = (now - self.first_s[request]) / (tokens - 1)
             if not plain:
                 gate = self.gates[self.gate[request]]
-                gate.running -= 1
-                gate.ended(LOCAL, itl, tokens)
+                gate.decoding(-1, now)
+                gate.ended(LOCAL, itl, tokens, self.beside[request], self.p_slow[request])
             self.end(request, Outcome.LOCAL, now)
         replica.begin(now)
         self.wakes[index] = replica.end
@@ -207,9 +211,9 @@ class Run:
                 forecast = decision.forecast
                 if forecast is not None:
                     self.work[request], self.slot_wait[request] = forecast.work_tokens, forecast.slot_wait_s
+                    self.beside[request], self.p_slow[request] = forecast.running, forecast.p_slow
                 if self.to_replica(request, now):
-                    gate.waiting += 1
-                    gate.waiting_tokens += self.input[request]
+                    gate.queued(request, now, self.input[request])
                     self.tried[request] = tried
                     return
                 gate.failed(name, now)
@@ -270,10 +274,9 @@ class Run:
             if not self.plain:
                 gate = self.gates[self.gate[request]]
                 if self.first_s[request] == self.first_s[request]:
-                    gate.running -= 1
+                    gate.decoding(-1, now)
                 else:
-                    gate.waiting -= 1
-                    gate.waiting_tokens -= self.input[request]
+                    gate.left_queue(request, now)
                 gate.failed(LOCAL, now)
             if self.first_s[request] == self.first_s[request]:
                 self.end(request, Outcome.CUT, now)
