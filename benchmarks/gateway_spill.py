@@ -2,16 +2,20 @@
 
     python -m benchmarks.gateway_spill [--scenarios FILE] [--traces DIR] [--scenario NAME] [--seed N] [--quick]
 
-Every scenario of a file runs through the simulator with the gateway's own policy, in two pods of four workers that tell
-one another their ledgers. Rates are scaled by the file's rule: the smallest multiple of 0.25 at which the oracle spills
+Every scenario of a file runs through the simulator with the gateway's own policy, in two pods of four workers that
+tell one another their ledgers. Rates are scaled by the file's rule: the smallest multiple of 0.25 at which the oracle
+spills
 5 % of tokens or more; above 20 % there, the scenario is refused; `steady` runs at scale 3. Output lengths are hidden
 from the policy; shed, failed and cut requests are misses. The last line is one JSON object.
 
-The oracle is the bound of `gateway_spill_oracle`: it pays for every request that the pool cannot attain, so that a policy
+The oracle is the bound of `gateway_spill_oracle`: it pays for every request that the pool cannot attain, so that a
+policy
 that misses some may pay less. The baseline spills while the engines' waiting count, 3 s old, is above a threshold, the
-best of many in hindsight: the cheapest whose attainment is no lower than the policy's, or, where none attains as much, the
+best of many in hindsight: the cheapest whose attainment is no lower than the policy's, or, where none attains as
+much, the
 one that attains most. P(miss) is judged against what would have become of every request on the own pool
-(`gateway_spill_twin`). The step's token budget is the scenario loader's: 512 where a pool names none, because a full step
+(`gateway_spill_twin`). The step's token budget is the scenario loader's: 512 where a pool names none, because a full
+step
 of vLLM's default of 2,048 or 8,192 prompt tokens alone takes 68 to 910 ms on these pools, above the promised ITL of 50.
 """
 
@@ -32,7 +36,7 @@ from benchmarks.gateway_spill_oracle import Bound, bound
 from benchmarks.gateway_spill_twin import judged
 from moe_core.spill import Action, Decision, Reason, SpillContext, Thresholds
 from moe_planner.sim.policy import Policy
-from moe_planner.sim.result import Result
+from moe_planner.sim.result import Outcome, Result
 from moe_planner.sim.scenarios import PACKAGED, Scenario, load, names
 from moe_planner.sim.simulate import simulate
 from moe_planner.sim.world import LOCAL, World
@@ -174,7 +178,7 @@ def run(found: Scaled, gateways: int = GATEWAYS, policy: Policy | None = None) -
         "reliability": bins,
         "local_misses": int((~result.attained & (result.outcome == 0)).sum()),
         "api_misses": int((~result.attained & (result.outcome == 1)).sum()),
-        "shed_failed_cut": [result.count(outcome) for outcome in (2, 3, 4)],
+        "shed_failed_cut": [result.count(outcome) for outcome in (Outcome.SHED, Outcome.FAILED, Outcome.CUT)],
         "preemptions": result.preemptions,
     }
 

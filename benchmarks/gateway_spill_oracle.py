@@ -3,19 +3,20 @@
 Claim. Take any policy, clairvoyant or not, under which every request is answered within its promise by the own pool or
 goes to an API, and in whose run no engine preempts. Its API dollars are at least `Bound.usd`.
 
-Proof. Let x_i be 1 where request i (arrival a_i, L_i prompt tokens, o_i output tokens, deadline D) is served by the pool,
-0 where by an API, at the lowest price there is. Spread each engine step evenly over its duration and cut time into
-buckets. In each bucket let P0 be prompt tokens of steps without a decode, P1 of steps with one, S steps with a decode and
-G decode tokens. The engine (`moe_planner.sim.replica`) then obeys, summed over replicas:
+Proof. Let x_i be 1 where request i (arrival a_i, L_i prompt tokens, o_i output tokens, deadline D) is served by the
+pool, 0 where by an API, at the lowest price there is. Spread each engine step evenly over its duration and cut time
+into buckets. In each bucket let P0 be prompt tokens of steps without a decode, P1 of steps with one, S steps with a
+decode and G decode tokens. The engine (`moe_planner.sim.replica`) then obeys, summed over replicas:
 1. time: (P0 + P1)·prefill + S·decode_s + G·active ≤ bucket × replicas that are up, with that bucket's expert load;
 2. a step's token budget B and its places: P1 + G ≤ B·S, G ≤ max_active·S;
 3. prompts: those arrived may be worked on, and those past a_i + D are done, or i would miss its TTFT;
-4. decodes: from its first token on, i makes a token in every step, and steps last from decode_s + active to the longest
-   step there can be. So i has made at least (t − a_i − D)/longest tokens at t, and at most (t − a_i − L_i·prefill)/shortest;
-   by its last token the mean ITL allows the pool no more than itl each;
+4. decodes: from its first token on, i makes a token in every step, and a step takes from decode_s + active (the
+   shortest) to a full one (the longest). So i has made at least (t − a_i − D)/longest − 1 tokens at t, and at most
+   (t − a_i − L_i·prefill)/shortest + 1; and what it still lacks at t fits, in shortest steps, before its own ITL's end;
 5. pure prefill is rare: a stretch of steps without a decode ends with the first prompt that completes and goes on to
    decode, so that it holds at most that prompt and B tokens more; that request, the starter s_i ≤ x_i, then decodes
-   o_i − 1 steps, in a spell that no other starter of its replica shares.
+   o_i − 1 steps, in a spell that no other starter of its replica shares. A stretch whose starter came before the cut
+   below, or whose replica dies, gets its B tokens, or its longest prompt, for nothing.
 All are linear in x, s, P0, P1, S, G; x may be fractional, and what a stretch of `CHUNK_S` owes to the next is forgiven:
 each only lowers the optimum. So the policy's run is a feasible point and pays no less than the least of the program. ∎
 """
@@ -85,7 +86,8 @@ def dollars(world: World, workload: Workload) -> Floats:
         (workload.input_tokens * api.usd_per_m_input + workload.output_tokens * api.usd_per_m_output) / 1e6
         for api in world.apis
     ]
-    return np.min(np.array(prices, dtype=np.float64), axis=0)
+    least: Floats = np.array(prices, dtype=np.float64).min(axis=0)
+    return least
 
 
 def bound(world: World, workload: Workload, seed: int) -> Bound:
@@ -106,6 +108,7 @@ def bound(world: World, workload: Workload, seed: int) -> Bound:
             workload.input_tokens[rows].astype(np.float64),
             workload.output_tokens[rows].astype(np.float64),
             usd[rows],
+            int(low - np.searchsorted(workload.at_s, number * CHUNK_S - world.slo.ttft_s)),
         )
         local[rows] = x
         total += least
@@ -114,13 +117,23 @@ def bound(world: World, workload: Workload, seed: int) -> Bound:
 
 
 def _stretch(
-    world: World, speed: Speed, start_s: float, at: Floats, prompt: Floats, output: Floats, usd: Floats
+    world: World,
+    speed: Speed,
+    start_s: float,
+    at: Floats,
+    prompt: Floats,
+    output: Floats,
+    usd: Floats,
+    before_cut: int,
 ) -> tuple[Floats, float]:
-    """(share of each request served by the pool, dollars) of one stretch; `at` counts from its start."""
+    """(share of each request served by the pool, dollars) of one stretch; `at` counts from its start.
+
+    `before_cut` requests arrived less than a deadline before it.
+    """
     engine, deadline = world.engine, world.slo.ttft_s
     width = deadline / BUCKETS_OF_DEADLINE
     count = math.ceil(CHUNK_S / width)
-    edges = np.arange(count + 1) * width
+    edges: Floats = np.arange(count + 1, dtype=np.float64) * width
     each = [speed.least(start_s + edges[b], start_s + edges[b + 1]) for b in range(count)]
     prefill, active = np.array([e[0] for e in each]), np.array([e[1] for e in each])
     n, most = len(at), engine.max_batched_tokens
@@ -149,13 +162,21 @@ def _stretch(
     program.growth(sent, arrived, x + of, prompt)
     late = np.ceil((at + deadline) / width - 1e-9).astype(np.int64) - 1
     program.growth(due, late, x + of, prompt)
-    for first, made_by in (
-        (least, lambda t: np.clip((t - at - deadline) / longest - 1.0, 0.0, rest)),
-        (reach, lambda t: np.clip((t - at - prompt * prefill.min()) / shortest + 1.0, 0.0, rest)),
-    ):
-        before = made_by(edges[0])
+    last = at + deadline + world.slo.itl_s * rest
+
+    def surely(moment: float) -> Floats:
+        slowest = np.maximum((moment - at - deadline) / longest - 1.0, rest - (last - moment) / shortest)
+        made: Floats = np.clip(slowest, 0.0, rest)
+        return made
+
+    def possibly(moment: float) -> Floats:
+        made: Floats = np.clip((moment - at - prompt * prefill.min()) / shortest + 1.0, 0.0, rest)
+        return made
+
+    for first, made_by in ((least, surely), (reach, possibly)):
+        before = made_by(float(edges[0]))
         for b in range(count):
-            now = made_by(edges[b + 1])
+            now = made_by(float(edges[b + 1]))
             grown = np.nonzero(now - before > 1e-9)[0]
             program.growth(first, np.full(len(grown), b), x + grown, (now - before)[grown])
             before = now
@@ -163,21 +184,41 @@ def _stretch(
         program.close(total)
     program.cumulative((p0, p1), due, sent)
     program.cumulative((made,), least, reach)
-    # 5: starters
-    for first_bucket in range(0, count, STARTER_WINDOW):
-        last_bucket = min(count, first_bucket + STARTER_WINDOW)
-        begin, stop = edges[first_bucket], edges[last_bucket]
-        near = np.nonzero((at >= begin - deadline) & (at < stop))[0]
-        buckets = range(first_bucket, last_bucket)
-        program.at_most([(p0 + b, 1.0) for b in buckets] + [(s + i, -(prompt[i] + most)) for i in near], 0.0)
-        sure = np.clip((stop - at - deadline) / longest - 1.0, 0.0, rest)
-        sure[at < begin] = 0.0
-        program.at_most([(steps + b, -1.0) for b in buckets] + [(s + i, sure[i]) for i in np.nonzero(sure > 0)[0]], 0.0)
+    _starters(program, world, start_s, edges, (at, prompt, rest), longest, before_cut)
     for i in range(n):
         program.at_most([(s + i, 1.0), (x + i, -1.0)], 0.0)
     solved = program.solve(np.concatenate([-usd, np.zeros(n + 8 * count)]), np.concatenate([np.ones(2 * n)]))
     kept = np.clip(solved[:n], 0.0, 1.0)
     return kept, float(((1.0 - kept) * usd).sum())
+
+
+def _starters(
+    program: _Program,
+    world: World,
+    start_s: float,
+    edges: Floats,
+    requests: tuple[Floats, Floats, Floats],
+    longest: float,
+    before_cut: int,
+) -> None:
+    """5: what is prefilled without a decode beside it belongs to few, who then decode (at, prompt, rest by request)."""
+    at, prompt, rest = requests
+    count, n = len(edges) - 1, len(at)
+    s, p0, steps = n, 2 * n, 2 * n + 2 * count
+    deadline, most = world.slo.ttft_s, world.engine.max_batched_tokens
+    for first_bucket in range(0, count, STARTER_WINDOW):
+        last_bucket = min(count, first_bucket + STARTER_WINDOW)
+        begin, stop = edges[first_bucket], edges[last_bucket]
+        near = np.nonzero((at >= begin - deadline) & (at < stop))[0]
+        buckets = range(first_bucket, last_bucket)
+        free = float(most * before_cut) if first_bucket == 0 else 0.0
+        for outage in world.outages:
+            if begin <= outage.from_s - start_s < stop:
+                free += float(prompt.max()) + most
+        program.at_most([(p0 + b, 1.0) for b in buckets] + [(s + i, -(prompt[i] + most)) for i in near], free)
+        sure = np.clip((stop - at - deadline) / longest - 1.0, 0.0, rest)
+        sure[at < begin] = 0.0
+        program.at_most([(steps + b, -1.0) for b in buckets] + [(s + i, sure[i]) for i in np.nonzero(sure > 0)[0]], 0.0)
 
 
 def _up(world: World, start: float, end: float) -> int:

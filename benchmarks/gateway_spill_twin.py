@@ -1,8 +1,11 @@
 """What would have become of a request on the own replicas: asked for every request, the spilled and the shed ones too.
 
-When a request goes elsewhere, the replica that the router would have taken is copied as it stands. After the run the copy
-gets that request, then every later arrival that the real replica got, at its moment, under the speeds of that moment. So
-the answer is exact for the smallest change there is: this one request is served here, everything else stays. Where no step
+When a request goes elsewhere, the replica that the router would have taken is copied as it stands. After the run the
+copy
+gets that request, then every later arrival that the real replica got, at its moment, under the speeds of that moment.
+So
+the answer is exact for the smallest change there is: this one request is served here, everything else stays. Where no
+step
 can last longer than the promised ITL, the copy runs only to the first token, which later arrivals do not delay.
 """
 
@@ -117,7 +120,7 @@ def missed(run: TwinRun, twin: tuple[int, float, int, Replica]) -> bool:
         moment = min(replica.end, arrival, change)
         if moment >= dies or moment == math.inf:
             return True
-        if first_s != first_s and moment > run.at[request] + world.slo.ttft_s:
+        if math.isnan(first_s) and moment > run.at[request] + world.slo.ttft_s:
             return True
         if arrival == moment:
             made[later[place][1]] = 0
@@ -129,7 +132,7 @@ def missed(run: TwinRun, twin: tuple[int, float, int, Replica]) -> bool:
             speed += 1
         else:
             first, ended = replica.finish()
-            if request in first and first_s != first_s:
+            if request in first and math.isnan(first_s):
                 first_s = moment
                 if moment + engine.overhead_s - run.at[request] > world.slo.ttft_s:
                     return True

@@ -154,6 +154,16 @@ class TenantBudgets(Model):
     tenants: dict[str, Annotated[Decimal, Field(ge=0)]] = Field(default_factory=dict)
 
 
+class SiblingsConfig(Model):
+    """How the gateway's workers and pods tell one another what they have sent (UDP)."""
+
+    host: str = "0.0.0.0"  # noqa: S104  # every address of the pod: the others are pods of their own
+    port: int = Field(ge=1, le=65535, description="of the first worker of a pod; each further one takes the next")
+    workers: int = Field(default=1, ge=1, le=64, description="of a pod: ports that are listened on and told")
+    peers: tuple[str, ...] = Field(default=(), description="names or addresses of pods; all addresses of a name count")
+    key_file: str | None = Field(default=None, description="file with a secret that all share; signs every datagram")
+
+
 class GatewayConfig(Model):
     """Everything a gateway process knows."""
 
@@ -185,6 +195,7 @@ class GatewayConfig(Model):
     price_file: str | None = Field(
         default=None, description="TOML or JSON with prices of models, in place of the catalog's"
     )
+    siblings: SiblingsConfig | None = Field(default=None, description="None: a worker knows its own requests alone")
 
 
 class KnobBounds(Model):

@@ -1,8 +1,10 @@
 """What an upstream's latency has been, decayed and robust: the measured half of the spill decision.
 
-TTFT is modelled as base + work·(token + crowd·running), where work is the prompt tokens ahead of a request and its own, and
+TTFT is modelled as base + work·(token + crowd·running), where work is the prompt tokens ahead of a request and its
+own, and
 running the sequences that decode beside them (each step gives them time and tokens first), plus a wait for a free place
-in the batch. The plane is fitted by decayed least squares with a ridge towards a prior slope, so that it is defined from
+in the batch. The plane is fitted by decayed least squares with a ridge towards a prior slope, so that it is defined
+from
 the first observation on; outliers are clipped before they enter.
 """
 
@@ -134,7 +136,8 @@ def observe_ttft(
     ttft_s: float,
     running: float = 0.0,
 ) -> LatencyEstimate:
-    """Learn from one first token. `work_tokens`, `running`, `slot_wait_s` are those that its prediction was made from."""
+    """Learn from one first token. `work_tokens`, `running`, `slot_wait_s` are those that its prediction was made
+    from."""
     predicted = predict_ttft_s(estimate, work_tokens, slot_wait_s, running)
     log_error = min(abs(math.log((max(ttft_s, 1e-4) + SHIFT_S) / (predicted + SHIFT_S))), math.log(CLIP))
     sure = (predicted / (predicted + SURE_S)) ** 2  # what matters is how sure long waits are
@@ -253,7 +256,8 @@ def observe_decode(
 def predict_itl_s(estimate: LatencyEstimate, running: float) -> float:
     """Mean ITL of a request that is sent while so many sequences decode. Never falls as they grow.
 
-    By Little's law the sequences that decode are the tokens asked for a second times the ITL, so that their number tells
+    By Little's law the sequences that decode are the tokens asked for a second times the ITL, so that their number
+    tells
     how long steps have been, and it tells sooner than finished requests do.
     """
     weight = estimate.itl_weight

@@ -99,8 +99,8 @@ class EngineReport:
 class RevisionView:
     """A local revision as the gateway sees it now.
 
-    `waiting_*`: sent by this gateway and those that share their ledgers with it, no first token yet. `head_tokens`: of the
-    one that waits longest, on whose prompt the engine has been at work for at most `head_s` seconds.
+    `waiting_*`: sent by this gateway and those that share their ledgers with it, no first token yet. `head_tokens`: of
+    the one that waits longest, on whose prompt the engine has been at work for at most `head_s` seconds.
     """
 
     name: str

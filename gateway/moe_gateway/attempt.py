@@ -12,13 +12,14 @@ from decimal import Decimal
 
 import orjson
 
-from moe_core.latency import observe_decode, observe_ttft, predict_ttft_s
+from moe_core.latency import predict_ttft_s
 from moe_core.prices import cost_usd
 from moe_core.spill import Forecast
 from moe_gateway.call import Call, Outcome, Phase, Stop
 from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint, Usage, read_usage
 from moe_gateway.providers.base import Stream
 from moe_gateway.responder import Responder
+from moe_gateway.siblings import Ended, First
 from moe_gateway.sse import MAX_EVENT_BYTES, SseScanner
 from moe_gateway.state import Gateway
 from moe_gateway.upstream import Fault, Rejected, Upstream, UpstreamFailed, send
@@ -56,6 +57,8 @@ class Attempt:
         local_forecast = forecast if upstream.local else None
         self._work_tokens = self._prompt_tokens if local_forecast is None else local_forecast.work_tokens
         self._slot_wait_s = 0.0 if local_forecast is None else local_forecast.slot_wait_s
+        self._running = 0.0 if local_forecast is None else local_forecast.running
+        self._p_slow = 0.0 if local_forecast is None else local_forecast.p_slow
         self._adapter = upstream.adapter
         self._native = self._adapter is not None and self._adapter.native(request)
         self._scanner: Stream = SseScanner() if self._adapter is None else self._adapter.stream(request)
@@ -76,8 +79,10 @@ class Attempt:
         gateway.sent(upstream, retry=call.attempts > 1)
         due_s = None
         if not self._request.stream:
-            due_s = self._sent_s + predict_ttft_s(upstream.estimate, self._work_tokens, self._slot_wait_s)
-        upstream.ledger.sent(call.id, self._prompt_tokens, due_s)
+            due_s = self._sent_s + predict_ttft_s(
+                upstream.estimate, self._work_tokens, self._slot_wait_s, self._running
+            )
+        upstream.ledger.sent(call.id, self._prompt_tokens, due_s, self._sent_s)
         failed = True
         try:
             await (self._stream() if self._request.stream else self._whole())
@@ -155,7 +160,7 @@ class Attempt:
         await self._out.whole(200, _content_type(response, b"application/json"), body if self._native else openai)
         call.outcome = Outcome.OK
         if self._request.endpoint is not Endpoint.EMBEDDINGS:
-            upstream.estimate = observe_decode(upstream.estimate, itl_s=None, output_tokens=call.output_tokens)
+            self._gateway.learn(upstream, Ended(None, call.output_tokens))
 
     def _whole_limit_s(self) -> float:
         """Longest wait for an answer in one piece. A probe gives way after a few promises, where it can."""
@@ -225,15 +230,11 @@ class Attempt:
         if self._scanner.content_events:
             self._call.ttft_s = now_s - self._call.arrived_s
             self._first_s = self._last_s = now_s
-            self._upstream.estimate = observe_ttft(
-                self._upstream.estimate,
-                now_s,
-                work_tokens=self._work_tokens,
-                prompt_tokens=self._prompt_tokens,
-                slot_wait_s=self._slot_wait_s,
-                ttft_s=now_s - self._sent_s,
+            first = First(
+                self._work_tokens, self._prompt_tokens, self._slot_wait_s, now_s - self._sent_s, self._running
             )
-        self._upstream.ledger.first_token(self._call.id)
+            self._gateway.learn(self._upstream, first)
+        self._upstream.ledger.first_token(self._call.id, now_s)
         return response, head
 
     async def _read_head(self, response: Response) -> bytes:
@@ -321,7 +322,7 @@ class Attempt:
             per_choice = tokens / self._request.choices
             if per_choice > 1 and self._last_s > self._first_s:
                 call.itl_s = (self._last_s - self._first_s) / (per_choice - 1)
-            upstream.estimate = observe_decode(upstream.estimate, itl_s=call.itl_s, output_tokens=tokens)
+            gateway.learn(upstream, Ended(call.itl_s, tokens, self._running, self._p_slow))
         if upstream.priced:
             usd = self._usd(usage)
             call.usd += usd

@@ -60,7 +60,8 @@ class BoardPoller:
         now_s = self._gateway.clock.monotonic()
         board.upstream.replicas = tuple(digests)
         if digests:
-            board.upstream.report = summarise(board, digests, now_s)
+            load = self._gateway.load(board.upstream, now_s)
+            board.upstream.report = summarise(board, digests, now_s, (load.waiting, load.running))
             board.upstream.report_at_s = now_s
 
     @property
@@ -76,8 +77,16 @@ class BoardPoller:
         return self._boards
 
 
-def summarise(board: Board, digests: list[ReplicaDigest], now_s: float) -> EngineReport:
-    """One report over the replicas of a revision. Its age is that of the oldest digest."""
+def summarise(
+    board: Board, digests: list[ReplicaDigest], now_s: float, known: tuple[int, int] | None = None
+) -> EngineReport:
+    """One report over the replicas of a revision. Its age is that of the oldest digest.
+
+    `known`: (waiting, running) requests that the gateway's workers sent; by default this one's own.
+    """
+    if known is None:
+        waiting, _, running = board.upstream.ledger.counts(now_s)
+        known = (waiting, running)
     seen = {}
     for digest in digests:
         seq, since_s = board.seen.get(digest.replica, (-1, now_s))
@@ -85,7 +94,7 @@ def summarise(board: Board, digests: list[ReplicaDigest], now_s: float) -> Engin
     board.seen = seen
     running = sum(digest.engine.running for digest in digests)
     waiting = sum(digest.engine.waiting for digest in digests)
-    foreign_running, foreign_waiting = of_others(board, running, waiting, now_s)
+    foreign_running, foreign_waiting = of_others(board, running, waiting, known)
     return EngineReport(
         running=running,
         waiting=waiting,
@@ -94,15 +103,16 @@ def summarise(board: Board, digests: list[ReplicaDigest], now_s: float) -> Engin
         age_s=max(now_s - since_s for _, since_s in seen.values()),
         foreign_running=foreign_running,
         foreign_waiting=foreign_waiting,
+        replicas=len(digests),
     )
 
 
-def of_others(board: Board, running: int, waiting: int, now_s: float) -> tuple[int, int]:
+def of_others(board: Board, running: int, waiting: int, known: tuple[int, int]) -> tuple[int, int]:
     """(running, waiting) requests that this gateway did not send, from what the engines just said.
 
     Their counts lag the ledger by a second or so; a load of others that is real shows in several polls running, so the
     smallest of the last few is taken.
     """
-    own_waiting, _, own_running = board.upstream.ledger.counts(now_s)
+    own_waiting, own_running = known
     board.foreign = [*board.foreign, foreign_load(running, waiting, own_running, own_waiting)][-SMOOTH_POLLS:]
     return min(board.foreign, key=sum)

@@ -85,7 +85,8 @@ class ExternalPoller:
         now_s = self._gateway.clock.monotonic()
         # An engine that tells no queue leaves nothing to set against the ledger.
         if load.running is not None and load.waiting is not None:
-            board.upstream.report = report(board, load, now_s)
+            sent = self._gateway.load(board.upstream, now_s)
+            board.upstream.report = report(board, load, now_s, (sent.waiting, sent.running))
             board.upstream.report_at_s = now_s
 
     async def _text(self, url: str) -> str:
@@ -99,10 +100,13 @@ class ExternalPoller:
             return body.decode()
 
 
-def report(board: Board, load: ForeignLoad, now_s: float) -> EngineReport:
+def report(board: Board, load: ForeignLoad, now_s: float, known: tuple[int, int] | None = None) -> EngineReport:
     """An engine's load as the forecast reads it. A cache whose usage is not told counts as free."""
     running, waiting = load.running or 0, load.waiting or 0
-    foreign_running, foreign_waiting = of_others(board, running, waiting, now_s)
+    if known is None:
+        own_waiting, _, own_running = board.upstream.ledger.counts(now_s)
+        known = (own_waiting, own_running)
+    foreign_running, foreign_waiting = of_others(board, running, waiting, known)
     return EngineReport(
         running=running,
         waiting=waiting,

@@ -23,6 +23,7 @@ from moe_gateway.external import ExternalCollector, ExternalPoller
 from moe_gateway.front import KEEP_ALIVE_S, Front
 from moe_gateway.reload import ConfigWatch
 from moe_gateway.settings import ConfigRefused
+from moe_gateway.siblings import Telling
 from moe_gateway.state import Gateway
 
 STALL_CHECK_S = 0.25
@@ -91,6 +92,9 @@ class GatewayServer:
             asyncio.create_task(gateway.budget.run(), name="budget"),
             asyncio.create_task(gateway.access.run(gateway.client), name="access"),
         ]
+        if config.siblings is not None:
+            telling = Telling(gateway, config.siblings)
+            self._background.append(asyncio.create_task(telling.run(), name="siblings"))
         if self._file is not None:
             watch = ConfigWatch(gateway, self._file)
             self._background.append(asyncio.create_task(watch.run(), name="configuration"))

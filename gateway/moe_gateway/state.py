@@ -44,6 +44,7 @@ from moe_gateway.fleet import Fleet, renew
 from moe_gateway.money_stores import limits_of, store_of
 from moe_gateway.openai_api import ApiRequest, prompt_bound
 from moe_gateway.retries import Retries
+from moe_gateway.siblings import Ended, First, Siblings, View, learned
 from moe_gateway.telemetry import Telemetry
 from moe_gateway.tracing import Tracing
 from moe_gateway.upstream import Upstream
@@ -74,6 +75,7 @@ class Gateway:
         self._tell_prices()
         self.audit = Audit(config.deployment, self.telemetry.registry, self.log)
         self.spill = SpillState()
+        self.siblings = Siblings(config.deployment, clock)
         self.knobs: Knobs | None = None
         self.commanded_weights: Weights | None = None
         self.weights_version = -1
@@ -193,6 +195,7 @@ class Gateway:
             elapsed_s=now_s - call.arrived_s,
             tried=tried,
             local_failure=failure,
+            itl_slo_s=self.config.slo.itl_p95_s,
         )
 
     def asking(self, call: Call) -> Asking:
@@ -201,7 +204,7 @@ class Gateway:
 
     def _revision_views(self, now_s: float) -> Iterator[RevisionView]:
         for upstream in self.fleet.revisions:
-            waiting, tokens, running = upstream.ledger.counts(now_s)
+            load = self.load(upstream, now_s)
             report = upstream.report
             if report is not None:
                 report = report.aged(now_s - upstream.report_at_s)
@@ -209,12 +212,25 @@ class Gateway:
                 upstream.name,
                 upstream.weight,
                 upstream.available(now_s),
-                waiting,
-                tokens,
-                running,
+                load.waiting,
+                load.tokens,
+                load.running,
                 report,
                 upstream.estimate,
+                load.head_tokens,
+                load.head_s,
             )
+
+    def load(self, upstream: Upstream, now_s: float) -> View:
+        """What all workers together have at an upstream, as far as they told."""
+        ledger = upstream.ledger
+        return self.siblings.view(upstream.name, ledger.counts(now_s), ledger.head(), ledger.progress_s)
+
+    def learn(self, upstream: Upstream, seen: First | Ended) -> None:
+        """Move an upstream's estimate by a measurement, and let the other workers know."""
+        now_s = self.clock.monotonic()
+        upstream.estimate = learned(upstream.estimate, seen, now_s, self.config.slo.itl_p95_s)
+        self.siblings.note(upstream.name, seen)
 
     # Verdicts on upstreams
 

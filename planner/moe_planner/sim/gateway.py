@@ -23,7 +23,7 @@ from moe_core.spill import (
     Thresholds,
     foreign_load,
 )
-from moe_planner.sim.policy import Decide
+from moe_planner.sim.policy import Decide, Policy
 from moe_planner.sim.world import LOCAL, World
 
 CLOSED = Breaker()
@@ -123,7 +123,7 @@ class Gateway:
         return next(iter(self._queue.values()), _NO_HEAD)
 
     def _known(self, now_s: float) -> tuple[int, int, int, tuple[float, int]]:
-        """(waiting, their tokens, running, (since, tokens) of the prompt at work): own ledger and what siblings told."""
+        """(waiting, tokens, running, (since, tokens) of the prompt at work): own ledger, and what siblings told."""
         siblings = self._siblings
         since, tokens = self.head()
         if siblings is None:
@@ -264,6 +264,13 @@ class Gateway:
             p_slow=p_slow,
             slow=itl_s is not None and itl_s > self._itl_slo_s,
         )
+
+
+def gateways(world: World, decide: Decide, policy: Policy) -> list[Gateway]:
+    """Those of a world. Several tell one another their ledgers, unless the policy says that they do not."""
+    every_s = policy.share_every_s
+    siblings = Siblings(every_s) if every_s is not None and world.gateways > 1 else None
+    return [Gateway(world, decide, policy.state, siblings) for _ in range(world.gateways)]
 
 
 def _observe(

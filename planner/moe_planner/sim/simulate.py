@@ -14,7 +14,7 @@ import numpy as np
 from moe_core.spill import Action, Decision, Failure, SpillContext
 from moe_planner.sim.books import Snapshot, books
 from moe_planner.sim.closed import ClosedApis
-from moe_planner.sim.gateway import Gateway, Siblings
+from moe_planner.sim.gateway import gateways
 from moe_planner.sim.knobs import Knobs
 from moe_planner.sim.policy import Policy, always_local
 from moe_planner.sim.replica import Replica
@@ -83,9 +83,7 @@ class Run:
         self.tried: dict[int, frozenset[str]] = {}
         self.replicas = [Replica(world.engine, self.input, self.output, self.made) for _ in range(world.replicas)]
         self.plain = policy.decide is always_local
-        every_s = policy.share_every_s
-        siblings = Siblings(every_s) if every_s is not None and world.gateways > 1 else None
-        self.gates = [Gateway(world, self._decider(), policy.state, siblings) for _ in range(world.gateways)]
+        self.gates = gateways(world, self._decider(), policy)
         self.arrived = self.ended = 0
         self.log: list[tuple[float, int]] = []
         """(time, request) of every end, for the signals of a control."""
