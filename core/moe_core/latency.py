@@ -87,7 +87,7 @@ class LatencyEstimate:
         base = mean_y - slope * mean_x - crowd * mean_z
         if base < _BASE_MIN_S:
             # Through the origin, as far as the lengths seen tell base and slope apart; otherwise half each.
-            rest = max(2 * _BASE_MIN_S, mean_y - crowd * mean_z)
+            rest = max(_BASE_MIN_S, mean_y - crowd * mean_z)
             told = variance / (variance + _RIDGE)
             through = max(0.0, (self.sum_xy - crowd * self.sum_xz) / max(1e-9, self.sum_xx))
             half = rest / 2 / mean_x if mean_x > 0 else slope
