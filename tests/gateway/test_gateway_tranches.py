@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,8 +22,8 @@ from moe_gateway.money import DEPLOYMENT, LOST, Book, Limits, total, utc_day
 from moe_gateway.money_store import MemoryStore, StoreGone, Versioned
 
 T = TypeVar("T")
-LIMITS = Limits(Decimal(1), Decimal("2.5"), tenants={"small": Decimal("0.3")})
-DAY_PICO, MONTH_PICO, SMALL_PICO = 10**12, 25 * 10**11, 3 * 10**11
+LIMITS = Limits(Decimal(1), Decimal("1.3"), tenants={"small": Decimal("0.3")})
+DAY_PICO, MONTH_PICO, SMALL_PICO = 10**12, 13 * 10**11, 3 * 10**11
 AMOUNTS = st.integers(1, 40).map(lambda cents: Decimal(cents) / 100)
 TENANTS = st.sampled_from([None, "small", "big"])
 
@@ -220,3 +221,42 @@ async def _open_and_close(budget: Budget) -> None:
 
 Tranches.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTranches = Tranches.TestCase
+
+
+async def test_a_lease_that_arrives_after_its_day_was_ended_holds_nothing() -> None:
+    store, clock = LossyStore(), FakeClock()
+    budget = Budget(store, LIMITS, clock)
+    store.plan = ["late"]
+    with pytest.raises(BudgetUnavailable):
+        await budget.reserve("a", "t", Decimal("0.5"))
+    clock.jump(-26 * 3600)
+    await budget.tick()
+    await _arrive(store)
+    await budget.close()
+    _nothing_is_held(store)
+
+
+async def test_a_lease_that_arrives_after_its_process_was_buried_holds_nothing(tmp_path: Path) -> None:
+    store, clock = LossyStore(), FakeClock()
+    dead = Budget(store, LIMITS, clock, tmp_path)
+    await dead.open()
+    store.plan = ["late"]
+    with pytest.raises(BudgetUnavailable):
+        await dead.reserve("a", "t", Decimal("0.5"))
+    assert dead._journal is not None
+    os.close(dead._journal._file)
+    successor = Budget(store, LIMITS, clock, tmp_path)
+    await successor.open()
+    await _arrive(store)
+    await successor.close()
+    _nothing_is_held(store)
+
+
+async def _arrive(store: LossyStore) -> None:
+    assert store.late is not None
+    await MemoryStore.swap(store, *store.late)
+
+
+def _nothing_is_held(store: LossyStore) -> None:
+    assert store.newest is not None
+    assert all(not day.held for day in Book.read(store.newest.document).days.values())
