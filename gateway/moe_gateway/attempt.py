@@ -198,7 +198,7 @@ class Attempt:
         call.outcome, call.error = Outcome.CUT, broken
         if call.stop is not Stop.DRAINING:
             self._gateway.failed(self._upstream)
-        if self._scanner.error is None:
+        if self._scanner.error is None or not getattr(self._scanner, "keep_error", True):
             error = ApiError(502, f"the answer was cut: {broken}", kind="upstream_error", code="stream_cut")
             await self._break_off(error)
         else:

@@ -20,8 +20,10 @@ class SseScanner:
     usage event, which the client did not ask for, is left out. After `malformed`, `error` or [DONE] nothing is read.
     """
 
-    def __init__(self, strip_usage: bool = False) -> None:
+    def __init__(self, strip_usage: bool = False, keep_error: bool = True) -> None:
         self._strip_usage = strip_usage
+        self.keep_error = keep_error
+        """Whether an error event goes on. A closed API's may quote our key."""
         self._buffer = b""
         self.content_events = 0
         self.done = False
@@ -115,7 +117,7 @@ class SseScanner:
             return False
         if document.get("error") is not None:
             self.error = document["error"]
-            return True
+            return self.keep_error
         return self._document(document)
 
     def _document(self, document: dict[str, Any]) -> bool:

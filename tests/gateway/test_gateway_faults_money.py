@@ -20,7 +20,7 @@ from moe_gateway.budget import Budget
 from moe_gateway.money import Limits, total
 from moe_gateway.money_store import SqliteStore
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream, chunk
-from tests.gateway.harness import chat, config, read, running, until
+from tests.gateway.harness import KEY, chat, config, read, running, until
 from tests.gateway.test_gateway_budget import paid, settled
 from tests.gateway.test_gateway_process import Process, started, written
 
@@ -228,3 +228,14 @@ def test_the_table_of_faults_names_tests_that_exist() -> None:
     assert len(named) >= 15
     for name in named:
         assert f"def {name}(" in defined, name
+
+
+async def test_an_error_in_mid_stream_that_quotes_our_key_does_not_reach_the_client(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    quoting = b'data: {"error": {"message": "bad key ' + KEY.encode() + b'"}}\n\n'
+    async with FakeUpstream() as local, FakeUpstream(Behaviour(after=quoting)) as target:
+        await local.close()
+        async with running(config(local, target, key_file=tmp_path / "key")) as client:
+            answer = await client.post(ASKED)
+            assert answer.events[-1]["error"]["code"] == "stream_cut"
+            assert KEY not in answer.body.decode()

@@ -110,4 +110,4 @@ class Adapter(ABC):
 
     def stream(self, request: ApiRequest) -> Stream:
         """A reader for one streamed answer."""
-        return SseScanner(strip_usage=not request.include_usage)
+        return SseScanner(strip_usage=not request.include_usage, keep_error=False)
