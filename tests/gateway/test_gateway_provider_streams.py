@@ -170,7 +170,7 @@ def test_a_role_or_an_empty_part_is_no_content_of_geminis() -> None:
 def test_an_error_in_band_is_openais_and_ends_the_stream(provider: str, raw: bytes) -> None:
     stream = reader(provider)
     out = run(stream, raw + CLAUDE)
-    assert json.loads(out.removeprefix(b"data: "))["error"]["message"] == "busy"
+    assert json.loads(out.removeprefix(b"data: "))["error"]["message"] == "the model failed"
     assert stream.broken
     assert not stream.complete
 

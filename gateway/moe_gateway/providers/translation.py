@@ -94,10 +94,10 @@ class Translation(ABC):
         return b"data: " + orjson.dumps({**self._head(), "choices": [choice]}) + b"\n\n"
 
     def fail(self, error: dict[str, Any]) -> bytes:
-        """The provider's error in band."""
+        """The provider's error in band, without its words: they may quote our key."""
         self.error = error
         kind = error.get("type", error.get("status", "upstream_error"))
-        return b"data: " + error_body(error.get("message", "the model failed"), kind) + b"\n\n"
+        return b"data: " + error_body("the model failed", kind) + b"\n\n"
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "chat.completion.chunk", "created": self._created, "model": self.model}
