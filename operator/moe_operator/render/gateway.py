@@ -38,7 +38,18 @@ GATEWAY = "gateway"
 CONFIG_FILE = "gateway.json"
 START_FIELDS = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level", "budget_store")
 """Fields of its configuration that a running gateway cannot change."""
-ADDED_FIELDS = ("auth", "tracing", "log_ok_share", "log_prompts")
+ADDED_FIELDS = (
+    "auth",
+    "tracing",
+    "log_ok_share",
+    "log_prompts",
+    "egress",
+    "budget_store",
+    "tenant_budgets",
+    "price_file",
+    "gpu_usd_per_hour",
+    "siblings",
+)
 """Fields that gateways of the first release do not know: written only where they say something, so that an operator
 that is upgraded changes nothing for a gateway that runs."""
 START_ANNOTATION = "moestack.dev/start-config"
