@@ -29,6 +29,8 @@ def every_example_comes_to_life(life: Life) -> None:
     for path in sorted(EXAMPLES.glob("*.yaml")):
         resource = yaml.safe_load(path.read_text())
         resource["metadata"].pop("namespace", None)  # of one example: here they share one
+        if path.stem == "full":
+            resource["spec"].pop("cluster")  # there is no Redis here, and KubeRay empties it before it lets go
         life.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(resource))
     for name, (count, gpus) in WORKERS.items():
         revision = life.until_ready(name)
@@ -44,12 +46,10 @@ def every_example_comes_to_life(life: Life) -> None:
     assert life.condition("ClusterReady", "assistant")[:2] == ("False", "Suspended")
     life.until("the gateway is there", lambda: life.condition("GatewayReady", "sglang")[0] == "True")
     assert life.condition("ClusterReady", "sglang")[:2] == ("True", "External")
-    status, reason, message = life.until(
-        "full is judged", lambda: life.condition("Degraded", "full")[0] and life.condition("Degraded", "full")
-    )
-    assert (status, reason) == ("True", "NotSupported")
-    assert "spec.gateway.auth.mode" in message
-    assert len(life.names("rayservices")) == len(WORKERS)
+    # Its nodes are not here, so its pods wait; all that it asks for is taken and rendered.
+    life.until("full has its cluster", lambda: len(life.names("rayservices")) == len(WORKERS) + 1)
+    assert life.condition("Accepted", "full")[0] == "True"
+    assert life.condition("Degraded", "full")[:2] == ("False", "AsExpected")
 
 
 @story

@@ -47,7 +47,7 @@ def at_rest(life: Life, seconds: float) -> bool:
 def looks(life: Life) -> int:
     """Reconciles of this namespace in the operator's log that had nothing to do."""
     lines = life.stage.operator.log.read_text().splitlines()
-    return sum('"result": "settled"' in line and life.namespace in line for line in lines)
+    return sum('"result":"settled"' in line and life.namespace in line for line in lines)
 
 
 def grant(life: Life) -> None:
