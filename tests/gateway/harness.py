@@ -154,7 +154,7 @@ async def running(settings: GatewayConfig, clock: Clock | None = None) -> AsyncI
             await server.stop(drain_s=1.0)
 
 
-async def until(condition: Any, within_s: float = 5.0) -> None:
+async def until(condition: Any, within_s: float = 20.0) -> None:
     """Wait for a condition that another task brings about."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 (what is awaited lies in another process or library)

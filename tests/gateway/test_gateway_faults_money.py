@@ -145,7 +145,7 @@ async def test_sigterm_with_500_streams_ends_each_of_them_once_and_counts_its_mo
     count, gate = 500, asyncio.Event()
     async with FakeUpstream() as local, FakeUpstream(Behaviour(gate=gate)) as target:
         target.behaviours = [Behaviour(tokens=9, stall_after=2) for _ in range(count // 2)]
-        settings = paid(local, target, tmp_path, "100", weights={"r0": 0}, limits={"drainS": 5})
+        settings = paid(local, target, tmp_path, "100", weights={"r0": 0}, limits={"drainS": 10})
         connector = aiohttp.TCPConnector(limit=0)
         async with (
             started(written(tmp_path, settings)) as gateway,
