@@ -62,10 +62,15 @@ def gateway_config(
         tiers=process_config.tiers(resource.spec),
         targets=tuple(targets),
         spill=process_config.spill(resource.spec.fallback),
+        tenant_budgets=process_config.tenant_budgets(resource.spec.fallback),
         egress=process_config.egress(resource.spec),
+        mid_stream=process_config.mid_stream(resource.spec),
         limits=GatewayLimits(drain_s=DRAIN_S),
         trusted_keys=tuple(trusted_keys),
         state_dir=str(state_dir),
+        workers=resource.spec.gateway.workers,
+        sessions=resource.spec.gateway.sessions.by,
+        record=process_config.record(resource.spec.gateway, str(state_dir)),
     )
 
 
@@ -92,6 +97,7 @@ def tuner_config(
         bounds=process_config.knob_bounds(spec),
         max_lost_gate_mass=float(spec.quality.max_lost_gate_mass),
         changes_per_hour=spec.tuning.change_budget.changes_per_hour,
+        trials_per_day=spec.tuning.change_budget.trials_per_day,
         paused=spec.tuning.paused,
     )
 

@@ -10,7 +10,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from moe_planner.roofline import Gemm, Peaks, Rates
+from moe_planner.roofline import Peaks, Rates
+from moe_planner.work import Gemm
 
 FILE = "calibration.toml"
 DEFAULT_ENGINE = "vllm"
@@ -88,22 +89,23 @@ class Factors:
         """What is attained of the peaks."""
         slow = self.software
         work = slow if peaks.nvidia else slow * self.elsewhere
+        arithmetic = peaks.attained / work
         return Rates(
             bandwidth=peaks.bandwidth * self.bandwidth / work,
             cache=peaks.bandwidth * self.cache / work,
-            linear_flops=peaks.linear[0] * self.gemm(peaks.linear[1]) / work,
-            mlp_flops=peaks.mlp[0] * self.gemm(peaks.mlp[1]) / work,
-            expert_flops=peaks.experts[0] * self.gemm(peaks.experts[1]) / work,
-            head_flops=peaks.wide[0] * self.gemm_16 / work,
-            core_flops=peaks.attention * self.core / work,
-            flash_flops=peaks.attention * self.flash / work,
+            linear_flops=peaks.linear[0] * self.gemm(peaks.linear[1]) * arithmetic,
+            mlp_flops=peaks.mlp[0] * self.gemm(peaks.mlp[1]) * arithmetic,
+            expert_flops=peaks.experts[0] * self.gemm(peaks.experts[1]) * arithmetic,
+            head_flops=peaks.wide[0] * self.gemm_16 * arithmetic,
+            core_flops=peaks.attention * self.core * arithmetic,
+            flash_flops=peaks.attention * self.flash * arithmetic,
             link=peaks.link * self.link / work,
             network=peaks.network * self.network / work,
             spread=self.spread,
             stagger=self.stagger,
             kernel_s=self.kernel_s * slow,
-            step_s=self.step_s * slow,
-            sequence_s=self.sequence_s * slow,
+            step_s=self.step_s * slow * peaks.host,
+            sequence_s=self.sequence_s * slow * peaks.host,
             call_s=self.call_s * slow,
         )
 

@@ -61,6 +61,19 @@ def _minimax_m2(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _grok(keys: Keys) -> dict[str, Any]:
+    """Grok-1 (xai-org/grok-1 run.py and model.py @11b95e7; the keys are those of the converted checkpoints): gated
+    experts of width `intermediate_size`, and a norm before and after attention and experts."""
+    keys.also("max_attn_value")  # bounds scores, and has no weights
+    return {
+        **usual(keys, tied=True),
+        "experts": keys.whole("num_experts"),
+        "topk": keys.whole("num_experts_per_tok"),
+        "moe_intermediate": keys.whole("intermediate_size"),
+        "layer_norms": 4,
+    }
+
+
 def _gpt_oss(keys: Keys) -> dict[str, Any]:
     values = {**_mixtral(keys), "kv": (), "head_dim": keys.whole("head_dim", default=64)}
     layers = values["layers"]
@@ -345,6 +358,7 @@ READERS: Mapping[str, Callable[[Keys], dict[str, Any]]] = {
     "gpt_oss": _gpt_oss,
     "granitemoe": _granite,
     "granitemoeshared": _granite,
+    "grok-1": _grok,
     "hunyuan_v1_moe": _hunyuan,
     "hy_v3": _hy3,
     "llama4_text": _llama4,

@@ -131,11 +131,11 @@ def errors(cases: Sequence[Case], factors: Factors) -> Vector:
     return np.array([predict(case, factors) / case.value - 1.0 for case in cases])
 
 
-def cross_validate(cases: Sequence[Case]) -> Vector:
+def cross_validate(cases: Sequence[Case]) -> dict[str, Vector]:
     """Relative errors of each source's rows, by factors that were fitted to the other sources."""
     used = [case for case in cases if case.throughput]
-    found = []
+    found = {}
     for source in sorted({case.source for case in used}):
         factors = fit([case for case in used if case.source != source])
-        found.append(errors([case for case in used if case.source == source], factors))
-    return np.concatenate(found)
+        found[source] = errors([case for case in used if case.source == source], factors)
+    return found

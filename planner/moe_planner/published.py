@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,9 @@ from moe_planner.speed import Load, Prepared, SpeedUnknown
 from moe_planner.weights import Layout
 
 WIDE = 32
+FIRST_UTILIZATION = 0.9
+"""vLLM's default of gpu_memory_utilization up to 0.13, which the rows that tell of a full context ran
+(https://docs.gpustack.ai/latest/performance-lab/deepseek-v3.2/h200; read 2026-11-23)."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ def _case(row: Mapping[str, str], catalog: Catalog) -> Case | FitCase:
     )
     if kind == "fits":
         return FitCase(row, value >= 0.5, _fits(row, ask, gpus, catalog))
-    if value <= 0:
-        raise table.Unpredicted(f"value: {row['value']} must be above zero")
+    if not 0 < value < math.inf:
+        raise table.Unpredicted(f"value: {row['value']} must be a number above zero")
     note = row.get("note", "")
     if re.search(r"\bMTP\b|EAGLE|speculative", note, re.IGNORECASE) and not re.search(r"no (MTP|spec)", note, re.I):
         raise table.Unpredicted("note: speculative decoding, whose acceptance is not known")
@@ -180,16 +184,28 @@ def _every_layout(ask: Ask, gpus: int) -> tuple[Layout, ...]:
 
 
 def _fits(row: Mapping[str, str], ask: Ask, gpus: int, catalog: Catalog) -> bool:
-    """Whether some layout of the GPUs, or the row's own, holds one sequence of the context that its note names."""
+    """Whether some layout of the GPUs, or the row's own, holds one sequence of the context that its note names.
+
+    Where the note says that the context was the model's own, nothing was lowered to fit: step and share of the GPU are
+    the engine's defaults. Elsewhere any step that the engine takes may have been set.
+    """
     note = row.get("note", "")
     said = re.search(r"full (\d{4,7}) context|caps max-model-len (\d{4,7})|^max-model-len (\d{4,7})", note)
     context = int(next(filter(None, said.groups()))) if said else catalog.engine.shortest_context
     seqs = re.search(r"max-num-seqs (\d+)", note)
     given = table.layout(row, gpus)
     tried = [given] if given else [Layout(gpus), Layout(gpus, expert=gpus), Layout(1, gpus, gpus)]
-    step = min(catalog.engine.batched_tokens)
+    large = ask.accelerator.memory_bytes >= catalog.engine.large_gpu_bytes
+    untouched = said is not None and said.group(1) is not None
+    step = (max if untouched and large else min)(catalog.engine.batched_tokens)
+    share = re.search(r"gpu-memory-utilization (0?\.\d+)", note)
     wanted = Ask(
-        ask.model, ask.precision, ask.accelerator, ask.fp8_cache, active_seqs=int(seqs.group(1)) if seqs else None
+        ask.model,
+        ask.precision,
+        ask.accelerator,
+        ask.fp8_cache,
+        active_seqs=int(seqs.group(1)) if seqs else None,
+        utilization=float(share.group(1)) if share else FIRST_UTILIZATION if untouched else None,
     )
     return any(
         memory.place(wanted, layout, step, catalog.engine).cache >= memory.sequence_bytes(wanted, layout, context, step)

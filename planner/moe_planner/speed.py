@@ -7,16 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moe_planner import calibration, exchange, memory, roofline
+from moe_planner import calibration, exchange, memory, roofline, work
 from moe_planner.calibration import Factors
 from moe_planner.catalog import Accelerator, Catalog, Precision
 from moe_planner.memory import Ask
-from moe_planner.roofline import Gemm, Peaks, Routing, Work
+from moe_planner.roofline import Peaks, Routing
 from moe_planner.weights import Layout
+from moe_planner.work import Gemm, Work
 
 YIELDED = 0.75
 """Share of its output that a sequence's room is counted with: half is there on average, and engines keep some back so
 that sequences need not be evicted."""
+MEASURED = 0.8
+"""Share of the 16-bit peak that timed matrix products reach on the GPUs to which GEMM shares were fitted: 0.80 on H100
+and H200, 0.85 on A100, 0.75 on B200 (docs/speed.md). A GPU that nobody has timed is taken to reach it too."""
+ROOM = 0.15
+"""Half-width, in ln, of what is known of another's room for sequences: where requests run in waves, a wave more or less
+may be a third of the whole, so a burst is predicted as the mean over rooms this far apart."""
+ROOMS = 7
+_AWAY = tuple((2 * index + 1) / ROOMS - 1 for index in range(ROOMS))
 
 
 class SpeedUnknown(Exception):
@@ -82,6 +91,7 @@ class Prepared:
     route: Routing
     batched_tokens: int
     running: float  # sequences of the replica that run at once
+    room: float  # sequences that it would hold, were as many sent
 
 
 def predict(ask: Ask, layout: Layout, load: Load, catalog: Catalog, factors: Factors | None = None) -> Speed:
@@ -108,7 +118,7 @@ def prepare(
     route = roofline.routing(ask.model, layout, load.skew, load.gamma, ask.redundant)
     running = min(float(load.concurrency), most)
     return Prepared(
-        ask, layout, load, work_of(ask, layout, load, ask.accelerator.domain_gpus), peaks, route, chunk, running
+        ask, layout, load, work_of(ask, layout, load, ask.accelerator.domain_gpus), peaks, route, chunk, running, most
     )
 
 
@@ -126,7 +136,7 @@ def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout, fp8
     if isinstance(link, str) or isinstance(network, str):
         raise _unknown(accelerator, link if isinstance(link, str) else str(network))
     linear, mlp, experts = (
-        roofline.gemm(precision, form, accelerator) for form in ("linear", roofline.mlp_form(precision), "experts")
+        work.gemm(precision, form, accelerator) for form in ("linear", work.mlp_form(precision), "experts")
     )
     return Peaks(
         bandwidth=accelerator.bandwidth_bytes_s,
@@ -138,7 +148,18 @@ def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout, fp8
         experts=_peak(accelerator, experts),
         attention=_peak(accelerator, "8" if fp8 and 0.5 in accelerator.flops else "16")[0],
         nvidia=nvidia(accelerator),
+        attained=attained(accelerator),
+        host=accelerator.host_time_ratio,
     )
+
+
+def attained(accelerator: Accelerator) -> float:
+    """What is measured of the 16-bit peak over what is measured of others': more where little arithmetic goes with
+    much bandwidth and power."""
+    peak = accelerator.flops.get(2.0)
+    if accelerator.measured_flops_16bit is None or peak is None:
+        return 1.0
+    return accelerator.measured_flops_16bit / peak / MEASURED
 
 
 def nvidia(accelerator: Accelerator) -> bool:
@@ -164,7 +185,7 @@ def _unknown(accelerator: Accelerator, figure: str) -> SpeedUnknown:
 def work_of(ask: Ask, layout: Layout, load: Load, domain: int) -> Work:
     """Work of a layout at the load's mean context; `domain`: GPUs that NVLink or its like joins."""
     context = load.input_tokens + load.output_tokens / 2.0
-    return roofline.work(
+    return work.work(
         ask.model,
         ask.precision,
         layout,
@@ -217,7 +238,7 @@ def room(ask: Ask, layout: Layout, catalog: Catalog, free_share: float | None = 
 def room_of_sequence(ask: Ask, layout: Layout, load: Load, yielded: float = 1.0) -> float:
     """Bytes of cache that a sequence is counted with; `yielded`: share of its output that it has room for."""
     tokens = math.ceil(load.input_tokens + load.output_tokens * yielded)
-    return roofline.sequence_bytes(ask.model, tokens, layout.tensor, layout.pipeline, ask.fp8_cache)
+    return work.sequence_bytes(ask.model, tokens, layout.tensor, layout.pipeline, ask.fp8_cache)
 
 
 def sequences(ask: Ask, layout: Layout, cache: float, load: Load, yielded: float = 1.0) -> float:
@@ -281,21 +302,25 @@ def burst_s(at: Prepared, factors: Factors, requests: float, *, spread: bool) ->
 
     As many run as in steady state while others wait; then the batch drains. `spread`: output lengths are spread as in
     recorded conversations, taken as exponential, so that the batch shrinks as e^(−t/mean); else they are all alike
-    and end together.
+    and end together, in waves.
     """
     rates, load = factors.rates(at.peaks), at.load
-    running = min(at.running, requests)
 
     def cycle(sequences: float) -> roofline.Cycle:
         return roofline.cycle(
             at.work, rates, sequences, load.new_tokens, load.output_tokens, at.batched_tokens, at.route
         )
 
-    turn = cycle(running)
-    if not spread:
+    def in_waves(room: float) -> float:
+        running = min(room, requests)
         waves = int(requests / running + 1e-9)
         left = requests - waves * running
-        return float(waves * turn.total_s + (cycle(left).total_s if left >= 1.0 else 0.0))
+        return float(waves * cycle(running).total_s + (cycle(left).total_s if left >= 1.0 else 0.0))
+
+    if not spread:
+        return sum(in_waves(at.room * math.exp(ROOM * away)) for away in _AWAY) / ROOMS
+    running = min(at.running, requests)
+    turn = cycle(running)
     waves_s = float(turn.total_s * requests / running)
     if running <= 1.0:
         return waves_s

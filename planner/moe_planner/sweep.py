@@ -16,9 +16,10 @@ from moe_planner.calibration import Factors
 from moe_planner.catalog import Accelerator, Catalog, ModelFacts, Precision
 from moe_planner.exchange import traffic
 from moe_planner.memory import Ask
-from moe_planner.roofline import Ops, Peaks, Rates, Work
+from moe_planner.roofline import Ops, Peaks, Rates
 from moe_planner.speed import Load, SpeedUnknown
 from moe_planner.weights import Layout
+from moe_planner.work import Work
 
 Matrix = NDArray[np.float64]
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moe_planner.catalog import Accelerator, Catalog, ModelFacts, Precision
 from moe_planner.speed import YIELDED, Load
@@ -27,22 +27,40 @@ class Unpredicted(Exception):
 
 
 def read(text: str) -> list[dict[str, str]]:
-    """Rows of a table. Raises TableInvalid."""
+    """Rows of a table; one without an `id` is named by its line. Raises TableInvalid."""
     try:
         reader = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), strict=True)
-        names = [(name or "").strip() for name in reader.fieldnames or ()]
-        missing = [column for column in COLUMNS if column not in names]
-        if missing:
-            raise TableInvalid(f"column {missing[0]} is missing: the table needs {', '.join(COLUMNS)}")
+        names = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+        _header(names)
         reader.fieldnames = names
         rows = []
         for line in reader:
-            rows.append({name: (value or "").strip() for name, value in line.items() if isinstance(name, str)})
+            if None in line:
+                raise TableInvalid(
+                    f"line {reader.line_num}: has more cells than the header has columns: quote cells with commas"
+                )
+            row = {name: (value or "").strip() for name, value in line.items()}
+            if any(row.values()):
+                row["id"] = row.get("id") or f"line {reader.line_num}"
+                rows.append(row)
             if len(rows) > MAX_ROWS:
                 raise TableInvalid(f"more than {MAX_ROWS:,} rows: split the table")
     except csv.Error as error:
         raise TableInvalid(f"is no CSV: {error}") from None
+    if not rows:
+        raise TableInvalid("has a header and no rows")
     return rows
+
+
+def _header(names: Sequence[str]) -> None:
+    missing = [column for column in COLUMNS if column not in names]
+    if missing and len(names) == 1 and re.search(r"[;\t]", names[0]):
+        raise TableInvalid("columns are not parted by commas: save it as CSV with commas")
+    if missing:
+        raise TableInvalid(f"column {missing[0]} is missing: the table needs {', '.join(COLUMNS)}")
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise TableInvalid(f"column {twice[0]} is there twice: keep one")
 
 
 METRICS: Mapping[str, tuple[str, str]] = {
@@ -192,9 +210,9 @@ def count(text: str) -> int | None:
 
 
 def _tokens(text: str) -> float | None:
-    """A length in tokens: the first number of the text, as in `ShareGPT ~216`."""
-    number = re.search(r"\d[\d,]*(?:\.\d+)?", text)
-    if number is None:
+    """A length in tokens: the first number of the text, as in `ShareGPT ~216`; None where there is none above zero."""
+    number = re.search(r"\d[\d,]*(?:\.\d+)?(?:e\d)?", text, re.IGNORECASE)
+    if number is None or text.strip().startswith("-"):
         return None
     size = float(number.group().replace(",", ""))
     return size * 1024 if re.match(r"\s*k\b", text[number.end() :], re.IGNORECASE) else size
@@ -204,10 +222,10 @@ def load(row: Mapping[str, str], kind: str, gpus: int) -> tuple[Load, float | No
     given, yielded = _tokens(row["input_tokens"]), _tokens(row["output_tokens"])
     assumed: list[str] = []
     if not given:
-        raise Unpredicted("input_tokens: not given")
+        raise Unpredicted(_no_length("input_tokens", row))
     if not yielded:
         if kind not in ("input", "decode"):
-            raise Unpredicted("output_tokens: not given")
+            raise Unpredicted(_no_length("output_tokens", row))
         yielded = 1.0  # a pool that only reads prompts, or decodes at the length that is given
     text = row.get("concurrency_or_batch", row.get("concurrency", "")).lower()
     step = re.search(r"(\d[\d,]*) tokens ?/ ?gpu", text)
@@ -231,10 +249,14 @@ def load(row: Mapping[str, str], kind: str, gpus: int) -> tuple[Load, float | No
         raise Unpredicted("concurrency_or_batch: not given")
     else:
         raise Unpredicted(f"concurrency_or_batch: {text} is no number and no known word")
-    if concurrency < 1:
+    if concurrency < 1 or text.startswith("-"):
         raise Unpredicted(f"concurrency_or_batch: {text} must be above zero")
     asked = Load(given, yielded, round(concurrency), cached_share=_cached(row))
     return asked, float(concurrency) if at_once(row) or queued else None, tuple(assumed)
+
+
+def _no_length(column: str, row: Mapping[str, str]) -> str:
+    return f"{column}: {row[column]} is no length above zero" if row[column] else f"{column}: not given"
 
 
 def _queued(few: float, many: float, tokens: float) -> float:
@@ -290,6 +312,10 @@ def layout(row: Mapping[str, str], gpus: int) -> Layout | None:
         return None
     pipeline = pp or 1
     tensor, data = tp or 1, dp or 1
+    for name, size in (("tp", tensor * pipeline), ("dp", data * pipeline)):
+        if size > gpus:
+            stages = f" in {pipeline} stages" if pipeline > 1 else ""
+            raise Unpredicted(f"{name}: {row[name]}{stages} needs more than {gpus} GPUs")
     if tensor * data * pipeline > gpus:
         data = min(data, gpus // pipeline) or 1
         tensor = max(1, gpus // (data * pipeline))

@@ -314,17 +314,23 @@ def test_what_may_not_leave_finds_no_target(
 
 
 @pytest.mark.parametrize(
-    ("budget", "day"),
+    ("budget", "day", "month"),
     [
-        ({"usdPerDay": "200"}, "200"),
-        ({"usdPerDay": "200", "usdPerMonth": "310"}, "10"),
-        ({"usdPerDay": "5", "usdPerMonth": "310"}, "5"),
+        ({"usdPerDay": "200"}, "200", None),
+        ({"usdPerDay": "200", "usdPerMonth": "310"}, "200", "310"),
     ],
 )
-def test_the_days_limit_keeps_the_months(budget: dict[str, str], day: str) -> None:
+def test_the_gateway_keeps_the_days_limit_and_the_months(budget: dict[str, str], day: str, month: str | None) -> None:
     asked = resource(fallback={**FALLBACK, "budget": budget})
     stack = made(plan(asked, machine(checkpoint=LOCAL, secrets=KEY), options()))
-    assert gateway(stack).spill.usd_per_day == Decimal(day)
+    spill = gateway(stack).spill
+    assert (spill.usd_per_day, spill.usd_per_month) == (Decimal(day), None if month is None else Decimal(month))
+
+
+@pytest.mark.parametrize(("asked", "workers"), [({}, 1), ({"workers": 3}, 3)])
+def test_the_local_gateway_has_one_worker_unless_more_are_asked_for(asked: dict[str, int], workers: int) -> None:
+    stack = made(plan(resource(gateway=asked), machine(checkpoint=LOCAL), options()))
+    assert gateway(stack).workers == workers
 
 
 def test_no_prometheus_could_not_start() -> None:

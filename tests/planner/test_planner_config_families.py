@@ -159,6 +159,17 @@ def test_defaults_of_a_class_are_a_published_model(family: str, total: float, ac
     assert facts.active_params_b == pytest.approx(active, rel=0.1)
 
 
+def test_grok_1_is_the_314_billion_of_its_readme() -> None:
+    """Shapes of xai-org/grok-1 run.py, in the keys of the converted checkpoints; embeddings are the head too."""
+    values = {"model_type": "grok-1", "vocab_size": 131072, "hidden_size": 6144, "intermediate_size": 32768,
+              "num_hidden_layers": 64, "num_attention_heads": 48, "num_key_value_heads": 8, "max_attn_value": 30.0,
+              "max_position_embeddings": 8192, "num_experts_per_tok": 2, "num_experts": 8}  # fmt: skip
+    facts = config_json.read(json.dumps(values), "grok-1")
+    assert facts.tied_embeddings
+    assert facts.total_params_b == pytest.approx(314.0, rel=0.006)
+    assert kv.sequence_bytes(facts, 1, Layout(1), fp8=False) == 64 * 2 * 8 * 128 * 2
+
+
 NOT_COUNTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a gate of a later model": ("qwen3_moe", {"attn_output_gate": True}, "attn_output_gate: True is not counted"),
     "shared experts where there are none": ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts: 1 is not counted"),

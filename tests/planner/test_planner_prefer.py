@@ -70,7 +70,7 @@ def chosen(model: str, accelerator: str, gpus: int, **groups: Any) -> Choice:
 # Layouts that are launched, by what is asked: (model, accelerator, GPUs, groups, layout, words of the reason).
 TAKEN: dict[str, tuple[str, str, int, dict[str, Any], Layout, str]] = {
     "latent attention: tensor ranks would each keep the whole cache": (
-        R1, "nvidia-h200", 8, {}, Layout(2, 4, 8), "times the output of tensor 8 × data 1",
+        R1, "nvidia-h200", 8, {}, Layout(4, 2, 8), "times the output of tensor 8 × data 1",
     ),
     "grouped attention with a head for each rank": (
         QWEN, "nvidia-h100", 4, {}, Layout(4, expert=4), "first in order",

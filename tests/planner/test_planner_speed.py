@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_planner import calibration, catalog, exchange, experts, layouts, roofline, speed, sweep
+from moe_planner import calibration, catalog, exchange, experts, layouts, roofline, speed, sweep, work
 from moe_planner.calibration import BOUNDS, START
 from moe_planner.memory import Ask
 from moe_planner.speed import Load, SpeedUnknown
@@ -252,7 +252,16 @@ def test_a_burst_takes_longer_where_lengths_are_spread() -> None:
     alike = speed.burst_s(at, START, 984, spread=False)
     spread = speed.burst_s(at, START, 984, spread=True)
     assert alike < spread < 5 * alike
-    assert speed.burst_s(at, START, 2 * 984, spread=False) == pytest.approx(2 * alike)
+
+
+def test_waves_of_a_room_that_nobody_knows_to_the_request() -> None:
+    """Room for all in one wave, whatever it is: one cycle. Two more requests than it holds move it a little, not by a
+    wave: rooms a little larger hold them too."""
+    at = speed.prepare(*ASKS["Qwen3-235B on H100"], Load(1024, 512, 1_000_000), CATALOG)
+    room = at.room
+    one, full, over, twice = (speed.burst_s(at, START, room * n, spread=False) for n in (0.5, 1.0, 1.01, 2.0))
+    assert one < full <= over < 1.1 * full
+    assert 1.7 * full < twice < 2.3 * full
 
 
 CHUNKS = {
@@ -268,7 +277,7 @@ def test_attention_in_chunks_reads_its_own_chunk(case: tuple[int, int, int]) -> 
     model = CATALOG.models["llama-4-maverick"]
     each = 8 * 256 * 2  # bytes of an entry: heads × width × BF16
     wanted = 36 * each * seen + 12 * each * (first + last) / 2
-    assert roofline.read_bytes(model, first, last, Layout(1), False) == pytest.approx(wanted, rel=1e-3)
+    assert work.read_bytes(model, first, last, Layout(1), False) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_prompts_hold_up_other_data_ranks_only_where_they_decode() -> None:
@@ -366,6 +375,32 @@ def test_a_prediction_needs_no_numpy() -> None:
     code = "import moe_planner.fit, moe_planner.speed, moe_planner.published, sys; assert 'numpy' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+ATTAINED = {
+    "little arithmetic for its bandwidth: nearly all of it": ("nvidia-h20", 1.1, 1.3),
+    "what the shares were fitted to": ("nvidia-h200", 0.97, 1.03),
+    "a card of 72 W": ("nvidia-l4", 0.6, 0.8),
+    "nobody's figure is known": ("nvidia-gb200", 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", ATTAINED.values(), ids=ATTAINED)
+def test_measured_products_move_the_share_of_peak(case: tuple[str, float, float]) -> None:
+    name, low, high = case
+    assert low <= speed.attained(CATALOG.accelerators[name]) <= high
+
+
+def test_a_slower_host_costs_its_steps_more() -> None:
+    gb200 = CATALOG.accelerators["nvidia-gb200"]
+    assert gb200.host_time_ratio > 2
+    ask, layout = _ask(accelerator="nvidia-gb200"), Layout(4)
+    slow = speed.predict(ask, layout, Load(128, 256, 32), CATALOG)
+    fast = speed.predict(
+        replace(ask, accelerator=replace(gb200, host_time_ratio=1.0)), layout, Load(128, 256, 32), CATALOG
+    )
+    assert slow.parts["launch"] > fast.parts["launch"]
+    assert slow.parts["experts"] == fast.parts["experts"]
 
 
 def test_an_engine_nobody_measured_has_the_references_factor() -> None:

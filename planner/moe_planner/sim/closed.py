@@ -7,6 +7,7 @@ from collections import deque
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from moe_core.latency import Ended, First
 from moe_planner.sim.gateway import Gateway
 from moe_planner.sim.result import Outcome
 from moe_planner.sim.world import BURST_SHARE
@@ -61,7 +62,7 @@ class ClosedApis:
         gate, inputs = run.gates[run.gate[request]], run.input[request]
         run.first_s[request] = now
         run.ttft[request] = now - run.at[request]
-        gate.first_token(api.name, now, inputs, inputs, 0.0, now - run.sent_s[request])
+        gate.learn(api.name, First(inputs, inputs, 0.0, now - run.sent_s[request]), now)
         run.push(now + (run.output[request] - 1) * api.itl_s, self._end, request)
 
     def _end(self, now: float, request: int) -> None:
@@ -70,7 +71,7 @@ class ClosedApis:
         gate, tokens = run.gates[run.gate[request]], run.output[request]
         if tokens > 1:
             run.itl[request] = api.itl_s
-        gate.ended(api.name, api.itl_s if tokens > 1 else None, tokens)
+        gate.learn(api.name, Ended(api.itl_s if tokens > 1 else None, tokens), now)
         run.usd[request] = usd = api.usd(run.input[request], tokens)
         self._spent += Decimal(f"{usd:.9f}")
         self._reserved -= self._bounds.pop(request)

@@ -7,12 +7,13 @@ the same functions of moe_core: breakers on send, success and failure; estimates
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, overload
 
 from moe_core import breaker as breakers
 from moe_core.breaker import Breaker
-from moe_core.latency import LatencyEstimate, observe_decode, observe_ttft
+from moe_core.latency import Ended, First, LatencyEstimate, Look, learned
 from moe_core.spill import (
     Decision,
     EngineReport,
@@ -47,9 +48,7 @@ class Siblings:
         self._every_s, self._next_s = every_s, 0.0
         self.waiting = self.running = self.tokens = 0
         self.progress_s = 0.0
-        self.estimates: dict[str, LatencyEstimate] = {}
-        self.seen: list[tuple[str, float, float, int, float, float, float]] = []
-        self.decoded: list[tuple[str, float | None, int, float, float]] = []
+        self.unsaid: list[tuple[str, First | Ended, float]] = []
 
     def tell(self, now_s: float) -> None:
         if now_s < self._next_s:
@@ -62,12 +61,9 @@ class Siblings:
         self.tokens = sum(gate.waiting_tokens for gate in gates)
         self.running = sum(gate.running for gate in gates)
         self.progress_s = max(gate.progress_s for gate in gates)
-        for one in self.seen:
-            _observe(self.estimates, *one)
-        for ended in self.decoded:
-            self.gates[0].learn_decode(*ended)
-        self.seen.clear()
-        self.decoded.clear()
+        for one in self.unsaid:
+            gates[0].learn_at_once(*one)
+        self.unsaid.clear()
 
 
 class Gateway:
@@ -81,18 +77,18 @@ class Gateway:
         self._queue: dict[int, tuple[float, int]] = {}
         self.progress_s = 0.0
         """When a prompt was done last."""
+        self.prompts_done = 0.0
         self._foreign: list[tuple[int, int]] = []
         self._decide, self._state = decide, state
         self.names = (LOCAL, *(api.name for api in world.apis))
         self.estimates: dict[str, LatencyEstimate] = dict.fromkeys(self.names, API_PRIOR)
         self.estimates[LOCAL] = LatencyEstimate()
         if siblings is not None:  # what one sees, all learn from
-            siblings.estimates = siblings.estimates or self.estimates
-            self.estimates = siblings.estimates
+            self.estimates = siblings.gates[0].estimates
         self.breakers: dict[str, Breaker] = dict.fromkeys(self.names, CLOSED)
         self.waiting = self.running = 0
         self.waiting_tokens = 0
-        self._report: tuple[int, int, float, int, int, int, int] | None = None
+        self._report: tuple[int, int, float, int, int, int, int, int] | None = None
         self._report_at_s = 0.0
         self._slo_s, self._itl_slo_s = world.slo.ttft_s, world.slo.itl_s
         self._prices = tuple(
@@ -100,22 +96,31 @@ class Gateway:
                 api.name,
                 Decimal(str(api.usd_per_m_input)) * BYTES_PER_TOKEN / _MILLION,
                 Decimal(str(api.usd_per_m_output)) * world.output_bound / _MILLION,
+                api.usd_per_m_input / 1e6,
+                api.usd_per_m_output / 1e6,
             )
             for api in world.apis
         )
 
     def cost_bound_usd(self, name: str, input_tokens: int) -> Decimal:
         """The most that a request can cost at a target."""
-        return next(fixed + input_tokens * each for target, each, fixed in self._prices if target == name)
+        return next(fixed + input_tokens * each for target, each, fixed, *_ in self._prices if target == name)
 
     def reported(
-        self, running: int, waiting: int, kv_usage: float, active_limit: int, at_s: float, replicas: int
+        self,
+        running: int,
+        waiting: int,
+        kv_usage: float,
+        active_limit: int,
+        at_s: float,
+        replicas: int,
+        step_tokens: int,
     ) -> None:
         """A report of the engines has come; it says how things were at `at_s`."""
         known_waiting, _, known_running, _ = self._known(at_s)
         foreign = foreign_load(running, waiting, known_running, known_waiting)
         self._foreign = [*self._foreign, foreign][-SMOOTH_REPORTS:]
-        self._report = (running, waiting, kv_usage, active_limit, *min(self._foreign, key=sum), replicas)
+        self._report = (running, waiting, kv_usage, active_limit, *min(self._foreign, key=sum), replicas, step_tokens)
         self._report_at_s = at_s
 
     def head(self) -> tuple[float, int]:
@@ -153,9 +158,11 @@ class Gateway:
         """Ask the policy, and keep its next state."""
         known, report = self._report, None
         if known is not None:
-            running, waiting, kv_usage, limit, foreign_running, foreign_waiting, replicas = known
+            running, waiting, kv_usage, limit, foreign_running, foreign_waiting, replicas, tokens = known
             age_s = now_s - self._report_at_s
-            report = EngineReport(running, waiting, kv_usage, limit, age_s, foreign_running, foreign_waiting, replicas)
+            report = EngineReport(
+                running, waiting, kv_usage, limit, age_s, foreign_running, foreign_waiting, replicas, tokens
+            )
         allowed, estimates = self.breakers, self.estimates
         own_waiting, own_tokens, own_running, (since_s, head_tokens) = self._known(now_s)
         revision = RevisionView(
@@ -170,10 +177,7 @@ class Gateway:
             head_tokens,
             max(0.0, now_s - since_s) if head_tokens else 0.0,
         )
-        targets = tuple(
-            TargetView(name, breakers.allows(allowed[name], now_s), fixed + input_tokens * each, estimates[name])
-            for name, each, fixed in self._prices
-        )
+        targets = _Targets(self, now_s, input_tokens) if self._prices else ()
         context = SpillContext(
             now_s,
             input_tokens,
@@ -181,14 +185,29 @@ class Gateway:
             thresholds,
             (revision,),
             targets,
-            budget_left_usd if targets else None,
+            budget_left_usd if self._prices else None,
             elapsed_s,
             tried,
             failure,
             self._itl_slo_s,
+            may_hold=not tried,
         )
         decision, self._state = self._decide(context, self._state)
         return decision
+
+    def targets(self, now_s: float, input_tokens: int) -> Iterator[TargetView]:
+        """The closed APIs as they are now, for a request of this length."""
+        estimates, allowed = self.estimates, self.breakers
+        own = estimates[LOCAL]
+        for name, each, fixed, input_usd, output_usd in self._prices:
+            yield TargetView(
+                name,
+                breakers.allows(allowed[name], now_s),
+                fixed + input_tokens * each,
+                estimates[name],
+                input_usd * input_tokens + output_usd * own.output_tokens,
+                input_usd * own.prompt_tokens + output_usd * own.output_tokens,
+            )
 
     # What becomes of requests
 
@@ -230,40 +249,47 @@ class Gateway:
         if self.breakers[name] is not CLOSED:
             self.breakers[name] = breakers.on_abandoned(self.breakers[name], now_s)
 
-    def first_token(
-        self,
-        name: str,
-        now_s: float,
-        work_tokens: float,
-        input_tokens: int,
-        slot_wait_s: float,
-        ttft_s: float,
-        running: float = 0.0,
-    ) -> None:
-        self.succeeded(name)
-        seen = (name, now_s, work_tokens, input_tokens, slot_wait_s, ttft_s, running)
+    def learn(self, name: str, seen: First | Ended, now_s: float) -> None:
+        """A request's first token has come from an upstream, or its end."""
+        if isinstance(seen, First):
+            self.succeeded(name)
         if self._siblings is None:
-            _observe(self.estimates, *seen)
+            self.learn_at_once(name, seen, now_s)
         else:
-            self._siblings.seen.append(seen)
+            self._siblings.unsaid.append((name, seen, now_s))
 
-    def ended(
-        self, name: str, itl_s: float | None, output_tokens: int, running: float = 0.0, p_slow: float = 0.0
-    ) -> None:
-        if self._siblings is not None:
-            self._siblings.decoded.append((name, itl_s, output_tokens, running, p_slow))
-            return
-        self.learn_decode(name, itl_s, output_tokens, running, p_slow)
+    def learn_at_once(self, name: str, seen: First | Ended | Look, now_s: float) -> None:
+        if name == LOCAL and isinstance(seen, First):
+            self.prompts_done += seen.prompt_tokens
+        self.estimates[name] = learned(self.estimates[name], seen, now_s, self._itl_slo_s)
 
-    def learn_decode(self, name: str, itl_s: float | None, output_tokens: int, running: float, p_slow: float) -> None:
-        self.estimates[name] = observe_decode(
-            self.estimates[name],
-            itl_s=itl_s,
-            output_tokens=output_tokens,
-            running=running,
-            p_slow=p_slow,
-            slow=itl_s is not None and itl_s > self._itl_slo_s,
-        )
+
+class _Targets(Sequence[TargetView]):
+    """The closed APIs, worked out when a decision first asks, as in the gateway: most never do."""
+
+    __slots__ = ("_gate", "_input_tokens", "_made", "_now_s")
+
+    def __init__(self, gate: Gateway, now_s: float, input_tokens: int) -> None:
+        self._gate, self._now_s, self._input_tokens = gate, now_s, input_tokens
+        self._made: tuple[TargetView, ...] | None = None
+
+    def _all(self) -> tuple[TargetView, ...]:
+        if self._made is None:
+            self._made = tuple(self._gate.targets(self._now_s, self._input_tokens))
+        return self._made
+
+    def __iter__(self) -> Iterator[TargetView]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    @overload
+    def __getitem__(self, index: int) -> TargetView: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TargetView, ...]: ...
+    def __getitem__(self, index: int | slice) -> TargetView | tuple[TargetView, ...]:
+        return self._all()[index]
 
 
 def gateways(world: World, decide: Decide, policy: Policy) -> list[Gateway]:
@@ -271,24 +297,3 @@ def gateways(world: World, decide: Decide, policy: Policy) -> list[Gateway]:
     every_s = policy.share_every_s
     siblings = Siblings(every_s) if every_s is not None and world.gateways > 1 else None
     return [Gateway(world, decide, policy.state, siblings) for _ in range(world.gateways)]
-
-
-def _observe(
-    estimates: dict[str, LatencyEstimate],
-    name: str,
-    now_s: float,
-    work_tokens: float,
-    input_tokens: int,
-    slot_wait_s: float,
-    ttft_s: float,
-    running: float,
-) -> None:
-    estimates[name] = observe_ttft(
-        estimates[name],
-        now_s,
-        work_tokens=work_tokens,
-        prompt_tokens=input_tokens,
-        slot_wait_s=slot_wait_s,
-        ttft_s=ttft_s,
-        running=running,
-    )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from moe_core.latency import Look
 from moe_core.setting import Setting
 from moe_core.spill import Thresholds
 from moe_planner.sim.engine import Engine
 from moe_planner.sim.experts import Balance, ExpertLoad, Experts, load_over_time
 from moe_planner.sim.policy import Control, ControlContext
+from moe_planner.sim.replica import Replica
 from moe_planner.sim.signals import observe
+from moe_planner.sim.world import LOCAL
 
 if TYPE_CHECKING:
     from moe_planner.sim.simulate import Run
@@ -31,6 +34,7 @@ class Knobs:
         self._control_state = policy.control_state
         self._experts: ExpertLoad | None = None
         self._spell = 0
+        self._looked: tuple[float, int, float, int] = (0.0, 0, 0.0, 0)
         if world.experts is not None and run.replicas:
             horizon = run.at[-1] + 1.0 if run.at else 1.0
             self._experts = load_over_time(world.experts, horizon, seed)
@@ -49,10 +53,33 @@ class Knobs:
         if up:
             running, waiting = sum(replica.running for replica in up), sum(len(replica.queue) for replica in up)
             usage, limit = max(replica.kv_usage for replica in up), sum(replica.active_limit for replica in up)
-            run.push(now + run.world.report_lag_s, self._reported, (running, waiting, usage, limit, now, len(up)))
+            run.push(
+                now + run.world.report_lag_s,
+                self._reported,
+                (running, waiting, usage, limit, now, len(up), up[0].token_limit),
+            )
+        self._look(now, up)
         run.push(now + run.world.report_every_s, self._report, None)
 
-    def _reported(self, _: float, counts: tuple[int, int, float, int, float, int]) -> None:
+    def _look(self, now: float, up: list[Replica]) -> None:
+        """Gateways look at the tokens of the streams that run, and at the prompts that were done."""
+        run = self._run
+        made = sum(replica.made_by(now) for replica in run.replicas)
+        done = sum(gate.prompts_done for gate in run.gates)
+        decoding = sum(len(replica.joined) for replica in up)
+        before, self._looked = self._looked, (now, made, done, decoding)
+        if not up or now <= before[0]:
+            return
+        span_s, tokens = now - before[0], made - before[1]
+        running = 0.5 * (decoding + before[3]) / len(up)
+        if tokens <= 0 or running < 1.0:
+            return
+        itl_s = running * len(up) * span_s / tokens
+        prompt_tokens = (done - before[2]) / len(up) / span_s * itl_s
+        for gate in run.gates if run.policy.share_every_s is None else run.gates[:1]:
+            gate.learn_at_once(LOCAL, Look(itl_s, running, prompt_tokens), now)
+
+    def _reported(self, _: float, counts: tuple[int, int, float, int, float, int, int]) -> None:
         for gate in self._run.gates:
             gate.reported(*counts)
 

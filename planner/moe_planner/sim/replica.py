@@ -241,6 +241,12 @@ class Replica:
         others = [*self.completes, *([self.partial] if self.partial >= 0 else []), *self.queue]
         return decoding + sum(self.output[r] - self.made[r] for r in others)
 
+    def made_by(self, now: float) -> int:
+        """Output tokens made until a moment, those of the jump under way counted."""
+        if not self.joined or self.end == math.inf or not self.step_s > 0:
+            return self.tokens_out
+        return self.tokens_out + len(self.joined) * min(self.jump, max(0, int((now - self.start) / self.step_s)))
+
     def blocks_held(self) -> int:
         """Blocks that requests hold, counted one by one: `blocks` less `free`."""
         block = self.block

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_core.latency import Ended, First
 from moe_core.spill import Action, Decision, Failure, SpillContext
 from moe_planner.sim.books import Snapshot, books
 from moe_planner.sim.closed import ClosedApis
@@ -69,7 +70,7 @@ class Run:
         self.work = [0.0] * count
         self.slot_wait = [0.0] * count
         self.beside = [0.0] * count
-        self.p_slow = [0.0] * count
+        self.p_slow, self.foreseen = [0.0] * count, [0.0] * count
         self.gate = [0] * count
         if world.gateways > 1:
             self.gate = [self.rng.randrange(world.gateways) for _ in range(count)]
@@ -85,6 +86,7 @@ class Run:
         self.plain = policy.decide is always_local
         self.gates = gateways(world, self._decider(), policy)
         self.arrived = self.ended = 0
+        self.held: dict[int, None] = {}
         self.log: list[tuple[float, int]] = []
         """(time, request) of every end, for the signals of a control."""
         self.lost = 0
@@ -161,15 +163,14 @@ class Run:
                     gate = self.gates[self.gate[request]]
                     gate.left_queue(request, now)
                     gate.decoding(1, now)
-                    gate.first_token(
-                        LOCAL,
-                        now,
+                    seen = First(
                         self.work[request],
                         self.input[request],
                         self.slot_wait[request],
                         now + overhead - self.sent_s[request],
                         self.beside[request],
                     )
+                    gate.learn(LOCAL, seen, now)
         for request in ended:
             tokens, itl = self.output[request], None
             if tokens > 1:
@@ -177,10 +178,13 @@ class Run:
             if not plain:
                 gate = self.gates[self.gate[request]]
                 gate.decoding(-1, now)
-                gate.ended(LOCAL, itl, tokens, self.beside[request], self.p_slow[request])
+                gate.learn(LOCAL, Ended(itl, tokens, self.foreseen[request], self.p_slow[request]), now)
             self.end(request, Outcome.LOCAL, now)
         replica.begin(now)
         self.wakes[index] = replica.end
+        if self.held:
+            for request in list(self.held)[: len(ended)]:  # for each that ends, the one that has waited longest
+                self.release(now, request)
 
     # Requests
 
@@ -198,6 +202,10 @@ class Run:
             decision = gate.decide(now, self.input[request], elapsed, thresholds, left, tried, failure)
             if decision.forecast is not None and not tried:
                 self.p_miss[request] = decision.forecast.p_miss
+            if decision.action is Action.HOLD:
+                self.held[request] = None
+                self.push(decision.until_s, self.release, request)
+                return
             if decision.target is None:
                 self.end(request, Outcome.FAILED if tried else Outcome.SHED, now)
                 return
@@ -209,7 +217,8 @@ class Run:
                 forecast = decision.forecast
                 if forecast is not None:
                     self.work[request], self.slot_wait[request] = forecast.work_tokens, forecast.slot_wait_s
-                    self.beside[request], self.p_slow[request] = forecast.running, forecast.p_slow
+                    self.beside[request] = forecast.running
+                    self.p_slow[request], self.foreseen[request] = forecast.p_slow, forecast.itl_s
                 if self.to_replica(request, now):
                     gate.queued(request, now, self.input[request])
                     self.tried[request] = tried
@@ -220,6 +229,12 @@ class Run:
             place = gate.names.index(name) - 1
             if self.closed.send(request, place, now, gate):
                 return
+
+    def release(self, now: float, request: int) -> None:
+        """A request that was held is decided anew, unless it has been."""
+        if request in self.held:
+            del self.held[request]
+            self.place(request, now, _NOTHING, None)
 
     def to_replica(self, request: int, now: float) -> bool:
         """To the replica with the fewest requests, in turn among equals (HAProxy's leastconn, as Serve has it)."""
