@@ -8,7 +8,7 @@ FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
 .PHONY: help setup up down test test-full check unit faults cluster control-plane engine versions gpu lock
-.PHONY: crd rbac golden fmt system node-sdks
+.PHONY: chart crd rbac golden fmt system node-sdks
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -40,6 +40,7 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	.venv/bin/lint-imports
 	$(PY) -m moe_cli.main crd --check manifests/crd/moestack.dev_moedeployments.yaml
 	$(PY) -m moe_operator.rbac --check manifests/operator/rbac.yaml
+	$(PY) -m moe_operator.chart --check charts/moestack/files
 
 unit: setup ## tests that need no engine and no control plane, on two cores
 	.venv/bin/pytest -m "not faults and not cluster and not engine and not gpu and not full" -n 2 --dist worksteal
@@ -74,6 +75,10 @@ test-full: check control-plane ## the long forms as well
 crd: setup ## write the CRD from the types
 	$(PY) -m moe_cli.main crd --write manifests/crd/moestack.dev_moedeployments.yaml
 
+chart: setup control-plane ## write what the chart has from the code, and the plain manifest from the chart
+	$(PY) -m moe_operator.chart --write charts/moestack/files
+	$(PY) tools/install.py $$($(PYTHON) tools/controlplane/build.py --where)/bin/helm
+
 golden: setup ## write the golden renders of the tests anew, to be read in the diff
 	$(PY) -m tests.render.cases
 
@@ -91,4 +96,9 @@ lock: $(UV) ## resolve the locks again, with hashes and without registry address
 	cp requirements/dev.txt requirements/vllm-0.31.txt  # so that all but vLLM's own needs are the same
 	$(UV) pip compile -q requirements/vllm-0.31.in --generate-hashes --no-header --no-emit-index-url \
 	  --python-version 3.11 -o requirements/vllm-0.31.txt
+	sed '/^ *#/d; /--hash/d; s/ \\$$//' requirements/dev.txt > .venv/pinned.txt  # images hold what the tests ran with
+	$(UV) pip compile -q pyproject.toml --extra gateway --extra tuner --extra operator -c .venv/pinned.txt \
+	  --generate-hashes --no-header --no-emit-index-url --python-version 3.11 -o requirements/control.txt
+	for name in engine build; do $(UV) pip compile -q requirements/$$name.in -c .venv/pinned.txt --generate-hashes \
+	  --no-header --no-emit-index-url --python-version 3.11 -o requirements/$$name.txt; done
 	$(UV) pip compile -q requirements/uv.in --generate-hashes --no-header --no-emit-index-url -o requirements/uv.txt

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from moe_core.clock import SystemClock
 from moe_core.config import OperatorConfig
 from moe_core.log import configure, get_log
-from moe_core.signing import Signer, describe
+from moe_core.signing import Signer, Verifier, describe
 from moe_kube.access import AccessError
 from moe_kube.connect import connect
 from moe_operator.exporter import Exporter
@@ -55,7 +55,20 @@ def load_config(path: Path) -> OperatorConfig:
             ) from None
         except ValueError as error:
             raise ConfigRefused(f"signingKeyFile: {error}") from None
-    return config
+    keys = [_public_key(index, Path(file)) for index, file in enumerate(config.trusted_key_files)]
+    return config.model_copy(update={"trusted_keys": (*config.trusted_keys, *keys)}) if keys else config
+
+
+def _public_key(index: int, path: Path) -> str:
+    """A trusted key of a file, as gateways and boards are told it."""
+    try:
+        pem = path.read_text()
+        Verifier([pem])
+    except OSError as error:
+        raise ConfigRefused(f"trustedKeyFiles[{index}] {path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ConfigRefused(f"trustedKeyFiles[{index}] {path}: holds no Ed25519 public key in PEM") from None
+    return pem
 
 
 async def serve(config: OperatorConfig, kubeconfig: Path | None) -> int:

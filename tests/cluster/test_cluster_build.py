@@ -12,7 +12,8 @@ import pytest
 from tests.cluster.control_plane import ROOT, eventually
 
 SCRIPT = ROOT / "tools" / "controlplane" / "build.py"
-PROGRAMS = {"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "kwok", "ray-operator"}
+CONTROL_PLANE = {"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"}
+PROGRAMS = {*CONTROL_PLANE, "helm", "kwok", "ray-operator"}
 # Says its version, "builds" by writing the -o file, and finds every module in one folder.
 GO = """#!/bin/sh
 case "$1" in

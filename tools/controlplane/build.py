@@ -3,9 +3,9 @@
     python3 tools/controlplane/build.py           build what is missing, show progress, print the folder
     python3 tools/controlplane/build.py --where   print the folder, or say what to run where something is missing
 
-The folder holds bin/ (etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubectl, ray-operator, kwok),
-crds/ (KubeRay's) and stages/ (kwok's, which say how its pods come and go). Its name is a hash of what it is built
-from, so an old one is never taken for a new one. `KUBEBUILDER_ASSETS` (Go's envtest convention) names a folder of
+The folder holds bin/ (etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubectl, helm, ray-operator,
+kwok), crds/ (KubeRay's) and stages/ (kwok's, which say how its pods come and go). Its name is a hash of what it is
+built from, so an old one is never taken for a new one. `KUBEBUILDER_ASSETS` (Go's envtest convention) names a folder of
 ready binaries: what is there is linked, not built. Needs no package but Python's own, for it runs before there is a
 virtual environment. etcd is built too: with the 3.4 of Debian 12, watches that begin with a list never get their
 first bookmark, and controllers miss what happens for up to a minute.
@@ -41,6 +41,7 @@ PROGRAMS = {  # name: (folder of its go.mod, package); the quick one first, so t
     "kube-controller-manager": ("kubernetes", "k8s.io/kubernetes/cmd/kube-controller-manager"),
     "kube-scheduler": ("kubernetes", "k8s.io/kubernetes/cmd/kube-scheduler"),
     "kubectl": ("kubernetes", "k8s.io/kubernetes/cmd/kubectl"),
+    "helm": ("helm", "helm.sh/helm/v4/cmd/helm"),
 }
 COPIES = {  # folder: (folder of the go.mod, module, what to copy of it); not ours, so copied here and not committed
     "crds": ("kuberay", KUBERAY, "config/crd/bases/*.yaml"),

@@ -1,0 +1,100 @@
+"""The parts of the Helm chart that come from code: the CRD, the operator's rights, and alerts on the operator itself.
+
+python -m moe_operator.chart --write charts/moestack/files
+python -m moe_operator.chart --check charts/moestack/files
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_api import crd
+from moe_core import metrics
+from moe_operator import rbac
+from moe_operator.render.monitoring import Alert
+
+HEADER = "# Written by `python -m moe_operator.chart --write`; `make check` compares.\n"
+ALERTS = (
+    Alert(
+        "MoEStackOperatorAbsent",
+        f"absent({metrics.OPERATOR_LEADER.name} == 1)",
+        "5m",
+        "critical",
+        "no operator holds the lease: nothing is deployed, upgraded or repaired; what runs goes on",
+    ),
+    Alert(
+        "MoEStackOperatorFailing",
+        f'sum(rate({metrics.OPERATOR_RECONCILE_SECONDS.name}_count{{result="failed"}}[10m])) > 0',
+        "15m",
+        "warning",
+        "reconciles fail again and again",
+    ),
+    Alert(
+        "MoEStackOperatorBehind",
+        f"max({metrics.OPERATOR_CACHE_BEHIND.name}) > 0 or max({metrics.OPERATOR_QUEUE_AGE.name}) > 300",
+        "10m",
+        "warning",
+        "the operator sees the cluster late, or cannot keep up with it",
+    ),
+)
+"""About no one MoEDeployment; those of each are rendered beside it."""
+
+
+def files() -> dict[str, str]:
+    """The files by name."""
+    definition = crd.render()
+    # Helm deletes what it made: with the definition would go every MoEDeployment and all that serves.
+    definition["metadata"].setdefault("annotations", {})["helm.sh/resource-policy"] = "keep"
+    return {
+        "crd.yaml": _dump(definition),
+        "rules.yaml": _dump(rbac.rules(rbac.OBJECTS)),
+        "lease-rules.yaml": _dump(rbac.rules(rbac.OWN)),
+        "alerts.yaml": _dump([_rule(alert) for alert in ALERTS]),
+    }
+
+
+def _rule(alert: Alert) -> dict[str, Any]:
+    made = alert.to_json("the operator")
+    del made["labels"]["moedeployment"]
+    made["annotations"]["summary"] = alert.summary
+    return made
+
+
+def _dump(content: Any) -> str:
+    return HEADER + yaml.dump(content, Dumper=_NoAliases, sort_keys=False, width=120, allow_unicode=True)
+
+
+class _NoAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_operator.chart", description=(__doc__ or "").splitlines()[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", type=Path, metavar="FOLDER")
+    action.add_argument("--check", type=Path, metavar="FOLDER", help="exit with 1 where a file is another")
+    chosen = parser.parse_args(arguments)
+    if chosen.write is not None:
+        chosen.write.mkdir(parents=True, exist_ok=True)
+        for name, text in files().items():
+            (chosen.write / name).write_text(text)
+        return 0
+    stale = [name for name, text in files().items() if _read(chosen.check / name) != text]
+    for name in stale:
+        print(f"{chosen.check / name} is not what the code gives: write it again with --write", file=sys.stderr)  # noqa: T201
+    return 1 if stale else 0
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
