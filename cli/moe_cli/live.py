@@ -73,6 +73,12 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
         ("spill", f"{_share(f.spill_share)} of requests"),
         ("knobs", f"version {_number(f.knobs_version)}"),
     ]
+    if f.forecast_brier is not None:
+        skill = "" if f.forecast_skill is None else f", skill {f.forecast_skill:.2f}"
+        rows.append(("forecast", f"Brier {f.forecast_brier:.3f}{skill} (of what was not spilled)"))
+    if f.would_have_spilled is not None:
+        usd = f.would_have_cost_usd or 0
+        rows.append(("shadow", f"{f.would_have_spilled} requests would have spilled, for ${usd:.2f}; nothing leaves"))
     if f.exploring:
         rows.append(("tuner", f.exploring))
     rows += [("decided", text) for text in f.decisions]

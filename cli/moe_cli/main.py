@@ -15,10 +15,12 @@ import typer
 
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
+from moe_cli.tune_commands import app as tune
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+app.add_typer(tune, name="tune")
 
 StateDir = Annotated[
     Path | None,
@@ -90,6 +92,16 @@ def status(
     from moe_cli.watch import show_status
 
     _end(asyncio.run(show_status((state_dir or default_state_dir()).resolve(), Say(), as_json=as_json, watch=watch)))
+
+
+@app.command()
+def replay(
+    files: Annotated[list[Path], typer.Argument(help="Files of decisions that a gateway wrote.", show_default=False)],
+) -> None:
+    """Make a gateway's decisions again from what it wrote down; exit code 1 where any falls otherwise now."""
+    from moe_cli.replay import show
+
+    _end(show(files, Say()))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import aiohttp
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_api.base import Model
 from moe_cli.documents import PartState, Phase, StackState
+from moe_core.forecasts import ForecastReport, together
 from moe_core.http import HttpError, call_json
 from moe_core.wire import GatewayDigest, ReplicaDigest
 
@@ -42,6 +44,10 @@ class Figures(Model):
     itl_p95_s: float | None = None
     slo_attained: float | None = None
     spill_share: float | None = None
+    forecast_brier: float | None = None  # of P(miss), over all revisions
+    forecast_skill: float | None = None  # 1 − Brier over that of the base rate
+    would_have_spilled: int | None = None  # in shadow mode
+    would_have_cost_usd: Decimal | None = None
     imbalance: float | None = None  # max/mean of load by EP rank, worst layer
     expert_imbalance: float | None = None  # max/mean of demand by expert, worst layer
     capacity_factor: str | None = None  # γ in force by phase
@@ -73,8 +79,9 @@ async def gather(client: aiohttp.ClientSession, state: StackState) -> tuple[Figu
     """Figures of a stack and, for each part that can be asked, whether it answered."""
     gateway, board, tuner = urls(state).get("gateway"), state.fact("serving", "boardUrl"), urls(state).get("tuner")
     prometheus = state.fact("prometheus", "url")
-    digest, replicas, report, ready = await asyncio.gather(
+    digest, forecasts, replicas, report, ready = await asyncio.gather(
         _ask(client, gateway and f"{gateway}/v1/digest?window={WINDOW_S}"),
+        _ask(client, gateway and f"{gateway}/v1/forecasts"),
         _ask(client, board and f"{board}/v1/digests"),
         _ask(client, tuner and f"{tuner}/v1/status"),
         _ready(client, prometheus and f"{prometheus}/-/ready"),
@@ -89,7 +96,7 @@ async def gather(client: aiohttp.ClientSession, state: StackState) -> tuple[Figu
         )
         if url is not None
     }
-    return figures(digest, replicas, report), answers
+    return figures(digest, replicas, report, forecasts), answers
 
 
 def urls(state: StackState) -> dict[str, str]:
@@ -104,7 +111,7 @@ def urls(state: StackState) -> dict[str, str]:
     return found
 
 
-def figures(digest: Any, replicas: Any, report: Any) -> Figures:
+def figures(digest: Any, replicas: Any, report: Any, forecasts: Any = None) -> Figures:
     """One set of figures from what gateway, board and tuner answered (parsed JSON, or None)."""
     values: dict[str, Any] = {}
     traffic = _parse(GatewayDigest, digest)
@@ -119,6 +126,9 @@ def figures(digest: Any, replicas: Any, report: Any) -> Figures:
             "slo_attained": traffic.slo_attained,
             "spill_share": traffic.spilled / traffic.arrivals if traffic.arrivals else 0.0,
         }
+    foretold = _parse(ForecastReport, forecasts)
+    if foretold is not None:
+        values |= _forecast_figures(foretold)
     engines = _parse(tuple[ReplicaDigest, ...], replicas)
     if engines:
         values |= _engine_figures(engines)
@@ -127,6 +137,18 @@ def figures(digest: Any, replicas: Any, report: Any) -> Figures:
         rows = report.get("decisions") or ()
         values["decisions"] = tuple(decision_text(row) for row in rows[:DECISIONS] if isinstance(row, dict))
     return Figures.model_validate(values)
+
+
+def _forecast_figures(told: ForecastReport) -> dict[str, Any]:
+    """Of all revisions together: their sums are one calibration."""
+    alike = [revision.model_copy(update={"name": ""}) for revision in told.revisions]
+    parts = [told.model_copy(update={"revisions": (revision,)}) for revision in alike]
+    values: dict[str, Any] = {}
+    for whole in together(parts, told.gateway).revisions:
+        values = {"forecast_brier": whole.brier, "forecast_skill": whole.skill}
+    if told.shadow:
+        values |= {"would_have_spilled": told.would_have_spilled, "would_have_cost_usd": told.would_have_cost_usd}
+    return values
 
 
 def _engine_figures(engines: tuple[ReplicaDigest, ...]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def update(detector: Detector, value: float, noise: float) -> Detector:
     recent = value if detector.count == 0 else detector.recent + RECENT_WEIGHT * (value - detector.recent)
     weight = max(1.0 / count, REFERENCE_WEIGHT)
     if count <= WARM_UP:
-        return _learn(detector, value, weight).model_copy(update={"count": count, "recent": recent})
+        return detector.model_copy(update={**_learn(detector, value, weight), "count": count, "recent": recent})
     spread = max(noise, math.sqrt(detector.variance), 1e-6)
     deviation = min(CLIP, max(-CLIP, (value - detector.mean) / spread))
     if detector.changed:
@@ -68,10 +68,9 @@ def update(detector: Detector, value: float, noise: float) -> Detector:
     down = max(0.0, detector.down - deviation - SLACK)
     changed = 1 if up > THRESHOLD else -1 if down > THRESHOLD else 0
     # A sample that already counts towards an alarm must not teach the reference: that would hide a slow rise.
-    learned = detector if up > SLACK or down > SLACK else _learn(detector, value, weight)
-    return learned.model_copy(
-        update={"count": count, "recent": recent, "up": up, "down": down, "changed": changed, "changed_for": 0}
-    )
+    learned = {} if up > SLACK or down > SLACK else _learn(detector, value, weight)
+    kept = {"count": count, "recent": recent, "up": up, "down": down, "changed": changed, "changed_for": 0}
+    return detector.model_copy(update={**learned, **kept})
 
 
 def _in_alarm(detector: Detector, deviation: float, count: int, recent: float) -> Detector:
@@ -85,8 +84,8 @@ def _in_alarm(detector: Detector, deviation: float, count: int, recent: float) -
     return detector.model_copy(update={**kept, "changed_for": changed_for, "near_for": near_for})
 
 
-def _learn(detector: Detector, value: float, weight: float) -> Detector:
+def _learn(detector: Detector, value: float, weight: float) -> dict[str, float]:
     delta = value - detector.mean
     mean = detector.mean + weight * delta
     variance = (1.0 - weight) * (detector.variance + weight * delta * delta)
-    return detector.model_copy(update={"mean": mean, "variance": variance})
+    return {"mean": mean, "variance": variance}

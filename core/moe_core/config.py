@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from decimal import Decimal
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from moe_api.base import Model
-from moe_api.enums import AuthMode, Egress, EngineSignal, FallbackRight, MetricsDialect
+from moe_api.enums import (
+    AuthMode,
+    Egress,
+    EngineSignal,
+    FallbackMode,
+    FallbackRight,
+    MetricsDialect,
+    MidStream,
+    SessionKey,
+)
 from moe_core.wire import Knobs, Percent
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -70,6 +79,12 @@ class SpillConfig(Model):
     share_cap: float = Field(default=1.0, ge=0, le=1)
     usd_per_day: Decimal | None = Field(default=None, description="None: no fallback spending is allowed beyond zero")
     usd_per_month: Decimal | None = Field(default=None, ge=0, description="None: no bound but the day's")
+    mode: FallbackMode | None = Field(default=None, description="None: Active, what is decided is done")
+
+    @property
+    def shadow(self) -> bool:
+        """Whether what would be spilled is told and not done."""
+        return self.mode is FallbackMode.SHADOW
 
 
 class GatewayLimits(Model):
@@ -92,6 +107,7 @@ class TierConfig(Model):
     name: str
     tenants: tuple[str, ...] = Field(default=(), description="none: whoever asks for the tier may have it")
     fallback: FallbackRight | None = Field(default=None, description="None: its requests may spill")
+    slo: SloConfig | None = Field(default=None, description="its own promise; None: the deployment's")
 
 
 class KeyLimits(Model):
@@ -164,6 +180,21 @@ class SiblingsConfig(Model):
     key_file: str | None = Field(default=None, description="file with a secret that all share; signs every datagram")
 
 
+class MidStreamConfig(Model):
+    """What becomes of a stream that breaks after its first token."""
+
+    mode: MidStream = Field(default=MidStream.OFF, description="Continue: on a revision; Splice: at a target as well")
+    takeovers: int = Field(default=1, ge=1, le=4, description="most upstreams that may go on with one answer")
+
+
+class RecordConfig(Model):
+    """Where the gateway writes down what it decided and from what, to be decided again later. No prompt, no key."""
+
+    dir: str = Field(description="folder of its files, one JSON line for each decision")
+    file_bytes: int = Field(default=16 * 1024 * 1024, ge=4096, description="then the next file is begun")
+    files: int = Field(default=8, ge=2, description="most files in the folder; the oldest are deleted")
+
+
 class GatewayConfig(Model):
     """Everything a gateway process knows."""
 
@@ -195,7 +226,13 @@ class GatewayConfig(Model):
     price_file: str | None = Field(
         default=None, description="TOML or JSON with prices of models, in place of the catalog's"
     )
-    siblings: SiblingsConfig | None = Field(default=None, description="None: a worker knows its own requests alone")
+    siblings: SiblingsConfig | None = Field(
+        default=None, description="None: the workers of a pod tell one another, and no other pod"
+    )
+    workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
+    mid_stream: MidStreamConfig = MidStreamConfig()
+    sessions: tuple[SessionKey, ...] = Field(default=(), description="none: no request belongs to another")
+    record: RecordConfig | None = Field(default=None, description="None: decisions are not written down")
 
 
 class KnobBounds(Model):
@@ -231,6 +268,27 @@ class TunerConfig(Model):
     tick_s: float = 1.0
     window_s: float = 10.0
     paused: bool = False
+    log_level: str = "INFO"
+    trials_per_day: int = Field(default=96, ge=0, description="live trials of the slow loop in 24 hours")
+    simulator_only_s: float = Field(
+        default=86_400.0, ge=0, description="after Auto first begins, trials run only in the simulator for this long"
+    )
+    promote_alpha: float = Field(
+        default=0.05, gt=0, lt=1, description="highest chance that a candidate without any gain is promoted"
+    )
+    storage_password_file: str | None = Field(
+        default=None, description="file with the password of storageUrl, which then has none; read at each connection"
+    )
+
+
+class TunersConfig(Model):
+    """A tuner process for many deployments. Each entry is a TunerConfig, checked by itself: one that is refused stops
+    no other. What an entry does not say is taken from `common`; host, port and logLevel of entries mean nothing."""
+
+    deployments: tuple[dict[str, Any], ...]
+    common: dict[str, Any] = Field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: Port = 0
     log_level: str = "INFO"
 
 
@@ -278,6 +336,9 @@ class OperatorConfig(Model):
     gateway_image: str | None = Field(default=None, description="image of gateways")
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     trusted_keys: tuple[str, ...] = Field(default=(), description="public keys (PEM) of operator and tuner")
+    trusted_key_files: tuple[str, ...] = Field(
+        default=(), description="files of more such keys, read at start: a key that was made in the cluster"
+    )
     signing_key_file: str | None = Field(default=None, description="private key that signs weights")
     tuner_namespace: str = Field(default="moestack-system", description="where the tuner runs: it may reach boards")
     workers: int = Field(default=4, ge=1, le=64)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
 from typing import Any, Literal
 
-from moe_api.enums import AuthMode, MetricsDialect, Toggle
+from moe_api.enums import AuthMode, FallbackMode, MetricsDialect, Toggle
 from moe_api.spec_engine import EngineSpec
-from moe_api.spec_gateway import BudgetStore
-from moe_api.spec_traffic import TargetLimits, TierSlo
+from moe_api.spec_gateway import GatewaySpec
+from moe_api.spec_traffic import SloSpec, TargetLimits, TierSlo
 from moe_api.v1alpha1 import (
     Egress,
     EngineKind,
@@ -34,10 +34,13 @@ from moe_core.config import (
     EgressRule,
     ForeignMetrics,
     KnobBounds,
+    MidStreamConfig,
+    RecordConfig,
     ServingConfig,
     SloConfig,
     SpillConfig,
     TargetConfig,
+    TenantBudgets,
     TierConfig,
 )
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs
@@ -59,6 +62,7 @@ ENGINE_ENV = {
 }
 """Environment of every process of Ray and vLLM."""
 DEFAULT_ACTIVE_SEQS = 64
+RECORD_BYTES, RECORD_FILES = 32 * 2**20, 8
 DEFAULT_BATCHED_TOKENS = 2048
 DAYS_IN_A_MONTH = 31
 """Closed APIs that the gateway speaks."""
@@ -106,11 +110,20 @@ def tiers(spec: MoEDeploymentSpec) -> tuple[TierConfig, ...] | None:
                 name=tier.name,
                 tenants=tier.tenants,
                 fallback=FallbackRight.NEVER if tier.fallback is FallbackRight.NEVER else None,
+                slo=tier_slo(spec.slo, tier.slo),
             )
             for tier in spec.tiers
         )
         or None
     )
+
+
+def tier_slo(common: SloSpec, own: TierSlo) -> SloConfig | None:
+    """A tier's own promise, what it leaves out taken from spec.slo; None where it leaves out all."""
+    if own == TierSlo():
+        return None
+    ttft, itl = own.ttft_p95 or common.ttft_p95, own.itl_p95 or common.itl_p95
+    return SloConfig(ttft_p95_s=ttft.seconds, itl_p95_s=itl.seconds)
 
 
 def boot_knobs(resource: MoEDeployment) -> Knobs:
@@ -246,19 +259,14 @@ def unsupported(resource: MoEDeployment) -> tuple[Problem, ...]:
 
 def unheeded(spec: MoEDeploymentSpec) -> tuple[tuple[str, str], ...]:
     """(field, why) of what is set and has no effect in this version: allowed, and said, as it guards nothing."""
-    gateway, monitoring = spec.gateway, spec.monitoring
+    monitoring = spec.monitoring
     found = []
-    for index, tier in enumerate(spec.tiers):
-        if tier.slo != TierSlo():
-            found.append((f"spec.tiers[{index}].slo", "the gateway keeps spec.slo for every tier"))
     if spec.quality.tiers:
         found.append(("spec.quality.tiers", "the tuner keeps spec.quality for every tier"))
     for index, target in enumerate(spec.fallback.targets):
         place = f"spec.fallback.targets[{index}]"
         if target.limits != TargetLimits():
             found.append((f"{place}.limits", "the gateway counts no requests of a provider's contract yet"))
-    if gateway.budget_store != BudgetStore():
-        found.append(("spec.gateway.budgetStore", "each gateway pod keeps its share of the budget by itself"))
     if monitoring.dashboards is Toggle.ENABLED:
         found.append(("spec.monitoring.dashboards", "no dashboard is made yet"))
     return tuple(found)
@@ -274,10 +282,18 @@ def foreign_metrics(engine: EngineSpec) -> ForeignMetrics:
 
 
 def usd_per_day(fallback: FallbackSpec) -> Decimal | None:
-    """Dollars a day that keep the day's limit, and the month's in its longest form; rounded down."""
+    """Dollars of a day that spends evenly within the day's limit and the month's; rounded down."""
     day, month = fallback.budget.usd_per_day, fallback.budget.usd_per_month
     limits = [limit for limit in (day, None if month is None else month / DAYS_IN_A_MONTH) if limit is not None]
     return min(limits).quantize(Decimal("0.000001"), rounding=ROUND_DOWN) if limits else None
+
+
+def record(gateway: GatewaySpec, state_dir: str) -> RecordConfig | None:
+    """Where decisions are written down, below the folder of a process's state. Its workers share the room."""
+    if not gateway.record_decisions:
+        return None
+    files = RECORD_FILES * gateway.workers
+    return RecordConfig(dir=f"{state_dir}/decisions", file_bytes=RECORD_BYTES // files, files=files)
 
 
 def egress(spec: MoEDeploymentSpec) -> EgressConfig:
@@ -340,13 +356,30 @@ def target_config(target: FallbackTarget, key_file: str | None) -> TargetConfig:
     )
 
 
+def tenant_budgets(fallback: FallbackSpec) -> TenantBudgets:
+    """What tenants may spend, each, of the budget of all."""
+    budget = fallback.budget
+    return TenantBudgets(
+        usd_per_day=budget.tenant_usd_per_day,
+        tenants={tenant.name: tenant.usd_per_day for tenant in budget.tenants or ()},
+    )
+
+
 def spill(fallback: FallbackSpec) -> SpillConfig:
     """Where spilling starts, and its budget for all gateways together."""
+    day, month = fallback.budget.usd_per_day, fallback.budget.usd_per_month
     return SpillConfig(
         miss_probability=float(fallback.trigger.miss_probability),
         share_cap=float(fallback.trigger.share_cap),
-        usd_per_day=usd_per_day(fallback),
+        usd_per_day=month if day is None else day,
+        usd_per_month=month,
+        mode=None if fallback.mode is FallbackMode.ACTIVE else fallback.mode,
     )
+
+
+def mid_stream(spec: MoEDeploymentSpec) -> MidStreamConfig:
+    """What becomes of a stream that breaks."""
+    return MidStreamConfig(mode=spec.fallback.mid_stream)
 
 
 def knob_bounds(spec: MoEDeploymentSpec) -> KnobBounds:

@@ -24,11 +24,14 @@ SKEW_WORTH = 1.2
 BALANCED = 1.05
 QUALITY_SPARE = 0.5
 """Capacity is tightened only while lost gate mass is below this share of its limit."""
+LOST_POWER, PRICE_MOST = 1.7, 4.0
 KV_FULL, KV_ROOM = 0.95, 0.85
 BUSY_SHARE, FULL_SHARE = 0.7, 0.9
 ITL_ROOM = 0.7
 RAISE, LOWER = 1.25, 0.8
-SPILL_STEP, SPILL_FLOOR, SPILL_DEFAULT = 0.15, 0.05, 0.5
+SPILL_STEP, SPILL_FLOOR, SPILL_DEFAULT = 0.15, 0.2, 0.5
+"""At a threshold p, the last request that spills would have missed with probability p: the closed API is paid 1/p times
+for each miss that it saves. Below the floor that is more than five times, and the tuner does not go there of itself."""
 SPILL_NOW = 1.5
 """TTFT risk at which paying is right although a cheaper remedy is on its way."""
 
@@ -105,16 +108,61 @@ def tighten_capacity(
         return f"capacity factor: ranks are level already (assigned max/mean {signals.rank_assigned:.2f})"
     if lost > QUALITY_SPARE * max_lost_gate_mass:
         return f"capacity factor: lost gate mass {lost:.4f} is near its limit {max_lost_gate_mass:g}"
-    if current is None:
-        target = on_grain(Decimal(str(round(skew, 4))), bounds)
-    else:
-        step = max(GRAIN, (bounds.capacity_factor_max - bounds.capacity_factor_min) / 4)
-        target = on_grain(current - step, bounds)
+    # What this model's gate mass costs is not known before the first cap: half of the room is left to be wrong.
+    spare = QUALITY_SPARE if current is not None else QUALITY_SPARE / 2
+    target = _next_factor(current, signals, bounds, spare * max_lost_gate_mass)
+    if target is None:
+        return f"capacity factor: at {bounds.capacity_factor_max:f} it would cost more gate mass than quality allows"
     if current is not None and target >= current:
-        return f"capacity factor: at its lower bound {bounds.capacity_factor_min:f}"
+        return f"capacity factor: lower than {current.normalize():f} is out of bounds, or costs too much gate mass"
     was = "uncapped" if current is None else f"{current.normalize():f}"
     why = f"γ {was} → {target.normalize():f} ({overflow.value}), because rank demand max/mean is {skew:.2f}"
     return Move(CAPACITY, setting.capped(target, overflow), why)
+
+
+def foreseen_lost(spread: float, factor: float) -> float:
+    """Gate mass that γ would cost, from the coefficient of variation of demand over experts.
+
+    Loads as if log-normal with mean 1: a share E[(load − γ)⁺] of slots moves; what that costs was measured
+    (docs/benchmarks.md: 0.055, 0.014, 0.003 of gate mass where 18.6, 8.4, 3.1 % of slots moved).
+    """
+    sigma = math.sqrt(math.log1p(spread * spread))
+    if sigma <= 0:
+        return math.pow(max(0.0, 1.0 - factor), LOST_POWER)
+    high = sigma / 2 - math.log(factor) / sigma
+    moved = _below(high) - factor * _below(high - sigma)
+    return math.pow(max(0.0, moved), LOST_POWER)
+
+
+def _next_factor(current: Decimal | None, signals: Signals, bounds: KnobBounds, allowed: float) -> Decimal | None:
+    """γ one step lower, no lower than gate mass allows; None where even the mildest cap would cost too much.
+
+    Where the spread of demand is known, quality is foreseen, and corrected by what the present γ is seen to cost.
+    Where it is not, the mildest cap comes first, and each step waits for what the last one cost.
+    """
+    step = max(GRAIN, (bounds.capacity_factor_max - bounds.capacity_factor_min) / 4)
+    spread, skew, lost = signals.expert_cv, signals.rank_demand or 1.0, signals.lost_gate_mass
+    lowest = bounds.capacity_factor_min if current is None else on_grain(current - step, bounds)
+    if current is None:
+        start = bounds.capacity_factor_max if spread is None else Decimal(str(round(skew, 4)))
+        lowest = on_grain(start, bounds)
+    if spread is None:
+        return lowest
+    price = 1.0
+    if current is not None and lost is not None:
+        told = foreseen_lost(spread, float(current))
+        price = min(PRICE_MOST, max(1.0 / PRICE_MOST, lost / told)) if told > 0 and lost > 0 else 1.0
+    factor = lowest
+    while factor <= bounds.capacity_factor_max:
+        if price * foreseen_lost(spread, float(factor)) <= allowed:
+            return factor
+        factor += GRAIN
+    return None
+
+
+def _below(z: float) -> float:
+    """Standard normal distribution function."""
+    return 0.5 * math.erfc(-z / math.sqrt(2.0))
 
 
 def active_seqs(
@@ -176,7 +224,8 @@ def spill(
     start = SPILL_DEFAULT if current is None else current
     floor = SPILL_FLOOR if bounds.miss_probability_min is None else bounds.miss_probability_min
     ceiling = 1.0 if bounds.miss_probability_max is None else bounds.miss_probability_max
-    target = round(min(ceiling, max(floor, start - SPILL_STEP)), 4)
+    step = 2 * SPILL_STEP if risk >= SPILL_NOW else SPILL_STEP
+    target = round(min(ceiling, max(floor, start - step)), 4)
     if target >= start:
         return f"spill threshold: at its floor {floor:g}"
     why = f"missProbability {start:g} → {target:g}, because TTFT risk is {risk:.0%} of its objective"

@@ -7,6 +7,7 @@ home when the cause has gone. A change that takes risk always leaves one change 
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Literal
 
@@ -14,17 +15,19 @@ from pydantic import Field
 
 from moe_api.base import Model
 from moe_core.config import KnobBounds, SloConfig
+from moe_core.contexts import Table, cell_of, foreseen, relieved
 from moe_core.remedies import (
     CALM_QUEUE,
     Move,
     Pressure,
     active_seqs,
+    foreseen_lost,
     pressure_of,
     quality_guard,
     spill,
     tighten_capacity,
 )
-from moe_core.setting import Setting, Signals
+from moe_core.setting import CAPACITY, Setting, Signals
 from moe_core.traffic import TrafficState, causes, outside_change, receded, watch
 
 HOUR_S = 3600.0
@@ -39,6 +42,10 @@ UNDO_WAIT_S = 10.0
 UNDO_WAIT_MAX_S = 600.0
 RELAPSE_S = 120.0
 """Pressure that returns within this time of an undo is the same spike."""
+RECURRING_S, RECURRENCES = 900.0, 2
+"""Pressure that returns so soon, so often, while the traffic has not risen, is no spike: see `_settled`."""
+RETURN_S = 4 * HOUR_S
+"""Ample slack that must last (a night) before a settled home gives way to the one that a person or a trial set."""
 GUARD_HOLD_S = 120.0
 """After the quality guard acted, capacity is not tightened for this long."""
 SLACK_FACTOR = 3.0
@@ -88,6 +95,12 @@ class RetuneState(Model):
         default=None, description="maxActiveSeqs that cost the ITL objective in this spike"
     )
     changes_at_s: tuple[float, ...] = Field(default=(), description="changes of the last hour, oldest first")
+    table: Table = Field(default_factory=dict, description="which knobs relieved which traffic")
+    cell: str | None = Field(default=None, description="context of the spike that knobs are away from home for")
+    met: bool = Field(default=False, description="the spike was met from the table, and nothing has pressed since")
+    recurred: int = Field(default=0, description="times that pressure came back without a rise of the traffic")
+    origin: Setting | None = Field(default=None, description="home before the policy settled on another threshold")
+    capped_at_s: float | None = Field(default=None, description="when capacity was moved last")
 
 
 class RetuneDecision(Model):
@@ -126,17 +139,23 @@ def spend(state: RetuneState, now_s: float) -> RetuneState:
 
 def rebase(state: RetuneState, home: Setting) -> RetuneState:
     """Make another setting the home: a promoted candidate, or knobs that a person set."""
-    return state.model_copy(update={"home": home, "cause": {}})
+    return state.model_copy(
+        update={"home": home, "cause": {}, "table": {}, "cell": None, "met": False, "recurred": 0, "origin": None}
+    )
 
 
 def resume(state: RetuneState, *, saved_at_s: float, elapsed_s: float, now_s: float) -> RetuneState:
     """A state that another process saved at its `saved_at_s`, `elapsed_s` ago, on this process's clock (`now_s`).
 
-    Home, budget and the patience learned from flapping survive; what was seen of the traffic is learned anew.
+    Home, budget, the context table and the patience learned from flapping survive; traffic is watched anew.
     """
     shift = now_s - max(0.0, elapsed_s) - saved_at_s
     return RetuneState(
-        home=state.home, undo_wait_s=state.undo_wait_s, changes_at_s=tuple(at_s + shift for at_s in state.changes_at_s)
+        home=state.home,
+        undo_wait_s=state.undo_wait_s,
+        changes_at_s=tuple(at_s + shift for at_s in state.changes_at_s),
+        table=state.table,
+        origin=state.origin,
     )
 
 
@@ -173,10 +192,17 @@ def _choose(context: RetuneContext, state: RetuneState, pressure: Pressure) -> t
     guarded = _guard(context, state)
     if guarded is not None:
         return guarded
+    met = _meet(context, state, pressure)
+    if met is not None:
+        return met
     if pressure.pressed:
         return _relieve(context, state, pressure)
     if context.setting != state.home:
         return _go_home(context, state, pressure)
+    if state.origin is not None:
+        returned = _return(context, state, state.origin)
+        if returned is not None:
+            return returned
     return _hold(f"nothing presses: {pressure.text}"), state
 
 
@@ -201,6 +227,35 @@ def _guard(context: RetuneContext, state: RetuneState) -> tuple[RetuneDecision, 
     return _decision(context, state, Action.GUARD, f"{why}: {move.why}", to=move.setting, changed=(move.knob,)), state
 
 
+def _meet(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState] | None:
+    """Feed-forward: as the traffic rises into a context that was relieved before, put in force what relieved it."""
+    home, now_s = state.home or context.setting, context.now_s
+    if context.setting != home or not (state.traffic.rising or pressure.pressed):
+        return None
+    if not pressure.pressed and state.undone_at_s is not None and now_s - state.undone_at_s < RELAPSE_S:
+        return None  # the rise that has just been undone
+    cell = cell_of(context.signals)
+    setting = foreseen(state.table, cell, home, context.bounds)
+    if setting is None or budget_left(state, now_s, context.changes_per_hour) < 2:
+        return None
+    held = state.guard_until_s is not None and now_s < state.guard_until_s
+    if held or not _keeps_quality(context, setting):
+        setting = setting.with_capacity(home)
+    if not context.signals.can_spill or context.signals.api_failing:
+        setting = setting.with_miss_probability(home.fallback.miss_probability)
+    changed = setting.differences(context.setting)
+    if not changed:
+        return None
+    state = _changed(context, _begin_spike(context, state)).model_copy(update={"met": True, "cell": cell})
+    reason = f"this traffic ({cell}) was relieved before by {setting.text()}: {pressure.text}"
+    return _decision(context, state, Action.MOVE, reason, to=setting, changed=changed), state
+
+
+def _keeps_quality(context: RetuneContext, setting: Setting) -> bool:
+    cap, spread = setting.prefill_cap, context.signals.expert_cv
+    return cap is None or spread is None or foreseen_lost(spread, float(cap)) <= context.max_lost_gate_mass
+
+
 def _relieve(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState]:
     now_s = context.now_s
     since_s = now_s if state.pressed_since_s is None else state.pressed_since_s
@@ -218,7 +273,10 @@ def _relieve(context: RetuneContext, state: RetuneState, pressure: Pressure) -> 
     if context.setting == state.home:
         state = _begin_spike(context, state)
     reason = f"{pressure.text}: {'; '.join(move.why for move in moves)}"
-    state = _changed(context, state).model_copy(update={"too_many_seqs": _too_many(context, state, setting)})
+    update: dict[str, object] = {"too_many_seqs": _too_many(context, state, setting), "met": False}
+    if context.mode == "Auto" and any(move.knob == CAPACITY for move in moves):
+        update["capped_at_s"] = now_s
+    state = _changed(context, state).model_copy(update=update)
     changed = tuple(move.knob for move in moves)
     return _decision(context, state, Action.MOVE, reason, to=setting, changed=changed), state
 
@@ -241,6 +299,8 @@ def _remedies(
 
     if held:
         refusals.append("capacity factor: held by the quality guard")
+    elif state.capped_at_s is not None and context.now_s - state.capped_at_s < signals.lag_s:
+        refusals.append("capacity factor: what the last step cost is not in the signals yet")
     else:
         take(tighten_capacity(setting, signals, bounds, pressure, context.max_lost_gate_mass))
     take(active_seqs(setting, signals, bounds, pressure, too_many=state.too_many_seqs))
@@ -261,16 +321,52 @@ def _go_home(context: RetuneContext, state: RetuneState, pressure: Pressure) -> 
         return _hold(f"knobs stay away from home: {waits}: {pressure.text}"), state
     if budget_left(state, now_s, context.changes_per_hour) < 1:
         return _hold(f"the budget of {context.changes_per_hour} changes an hour is spent: undoing waits"), state
+    if state.recurred >= RECURRENCES:
+        state = _settled(state, context.setting)
+        home = state.home or home
+        if home == context.setting:
+            return _hold(f"pressure keeps coming back in the same traffic: {home.text()} is home now"), state
     why = f"{gone}, calm for {calm_s:.0f} s" if gone is not None and by_cause else f"ample slack for {slack_s:.0f} s"
     changed = home.differences(context.setting)
-    state = _changed(context, state).model_copy(update={"undone_at_s": now_s, "cause": {}, "too_many_seqs": None})
+    learned = relieved(state.table, state.cell, context.setting, home, pressed=not state.met)
+    over = {"undone_at_s": now_s, "cause": {}, "too_many_seqs": None, "table": learned, "cell": None, "met": False}
+    state = _changed(context, state).model_copy(update=over)
     return _decision(context, state, Action.UNDO, f"{why}: back to {home.text()}", to=home, changed=changed), state
 
 
+def _settled(state: RetuneState, setting: Setting) -> RetuneState:
+    """Make the spill threshold that relieves a pressure which always comes back part of the home.
+
+    Undoing it again and again would be oscillation. Only money is settled on: capacity and batch size go home.
+    """
+    home = state.home or setting
+    settled = home.with_miss_probability(setting.fallback.miss_probability)
+    return state.model_copy(update={"home": settled, "origin": state.origin or home, "recurred": 0})
+
+
+def _return(context: RetuneContext, state: RetuneState, origin: Setting) -> tuple[RetuneDecision, RetuneState] | None:
+    """From a settled home back to the one before it, once there has been ample slack for long."""
+    slack_s = 0.0 if state.slack_since_s is None else context.now_s - state.slack_since_s
+    if slack_s < RETURN_S or budget_left(state, context.now_s, context.changes_per_hour) < 1:
+        return None
+    home = origin.keeping_pins(context.setting, context.bounds)
+    changed = home.differences(context.setting)
+    state = state.model_copy(update={"home": home, "origin": None})
+    if not changed:
+        return _hold("the settled threshold is pinned, or is what it was before"), state
+    state = _changed(context, state)
+    reason = f"ample slack for {slack_s:.0f} s: back to {home.text()}, which was home before"
+    return _decision(context, state, Action.UNDO, reason, to=home, changed=changed), state
+
+
 def _begin_spike(context: RetuneContext, state: RetuneState) -> RetuneState:
-    relapsed = state.undone_at_s is not None and context.now_s - state.undone_at_s < RELAPSE_S + state.undo_wait_s
+    since_s = math.inf if state.undone_at_s is None else context.now_s - state.undone_at_s
+    relapsed = since_s < RELAPSE_S + state.undo_wait_s
+    recurred = 0 if since_s > RECURRING_S or state.traffic.rising else state.recurred + 1
     wait_s = min(UNDO_WAIT_MAX_S, 2 * state.undo_wait_s) if relapsed else UNDO_WAIT_S
-    return state.model_copy(update={"undo_wait_s": wait_s, "cause": causes(context.signals, state.traffic)})
+    cause = causes(context.signals, state.traffic)
+    cell = cell_of(context.signals)
+    return state.model_copy(update={"undo_wait_s": wait_s, "cause": cause, "cell": cell, "recurred": recurred})
 
 
 def _too_many(context: RetuneContext, state: RetuneState, to: Setting) -> int | None:

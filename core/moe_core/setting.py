@@ -112,6 +112,7 @@ class Signals(Model):
     engine_tokens_per_s: float | None = Field(default=None, description="prompt and output tokens of all replicas")
     rank_demand: float | None = Field(default=None, description="max/mean by EP rank before capacity, slot-weighted")
     rank_assigned: float | None = Field(default=None, description="the same after capacity")
+    expert_cv: float | None = Field(default=None, description="coefficient of variation of demand over experts")
     lost_gate_mass: float | None = Field(default=None, description="per token")
     dropped_share: float | None = Field(default=None, description="of demanded slots")
     # From the gateways.

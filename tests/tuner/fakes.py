@@ -63,6 +63,7 @@ class FakeBoard:
     skew: float = 1.0
     started_at_s: float = 1.0
     seq: int = 0
+    frozen: bool = False  # the engine is dead: its last digest stays
 
     @property
     def knobs(self) -> Knobs | None:
@@ -126,7 +127,7 @@ class FakeBoard:
     async def _digests(self, _: web.Request) -> web.Response:
         if self.down:
             return _json({"error": "down"}, 503)
-        self.seq += 1
+        self.seq += 0 if self.frozen else 1
         knobs = self.knobs
         limit = 16 if knobs is None or knobs.engine.max_active_seqs is None else knobs.engine.max_active_seqs
         digest = replica_digest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_core.setting import ACTIVE_SEQS, CAPACITY, Setting
+from moe_tuner.evidence import pairs_needed
 from moe_tuner.explore import Do, End, ExploreContext, ExploreState, Nothing, Phase, Step, Suggestion, step
 from moe_tuner.measure import Measurement, Outcome, Unmeasured, judge, noise_of, shifted
 from moe_tuner.space import Space, candidate, space_of
@@ -117,14 +119,18 @@ def test_it_finds_a_cheaper_setting_within_the_promises() -> None:
     assert bench.state.incumbent_cost < 0.8
 
 
-def test_a_promotion_needs_two_wins_with_the_incumbent_measured_between() -> None:
+def test_a_promotion_needs_five_pairs_that_all_say_so() -> None:
     bench = Bench(memory_study(), knee).run(1500)
     at, promoted = bench.ends(End.PROMOTED)[0]
     assert promoted.suggestion is not None
     number = promoted.suggestion.number
     trial = [t for when, t in bench.steps if when <= at and t.suggestion and t.suggestion.number == number]
-    assert [t.do for t in trial] == [Do.APPLY, Do.APPLY, Do.FINISH]
-    assert "2 times" in promoted.reason
+    switches = [t.do for t in trial[:-1]]
+    assert switches[0] is Do.APPLY or len(switches) > 1
+    assert all(one is not other for one, other in itertools.pairwise(switches))
+    assert promoted.measured is not None
+    assert promoted.measured.pairs >= pairs_needed(0.05) == 5
+    assert promoted.measured.evidence >= 20
 
 
 def test_a_harmful_candidate_goes_back_after_one_window_and_is_never_promoted() -> None:
@@ -156,7 +162,7 @@ INTERRUPTIONS = [
     pytest.param({"outside": "arrivals/s rose from 5 to 20"}, End.CENSORED, "the traffic changed", id="spike"),
     pytest.param({"outside": "a closed API is failing"}, End.CENSORED, "a closed API is failing", id="API outage"),
     pytest.param({"breach": "TTFT p95 2 s of 0.8 s"}, End.ROLLED_BACK, "TTFT p95 2 s", id="breach of its own"),
-    pytest.param({"restarted": ("r0",)}, End.ROLLED_BACK, "replica r0 restarted under it", id="crash"),
+    pytest.param({"restarted": ("r0",)}, End.ROLLED_BACK, "replica r0 died under it", id="crash"),
     pytest.param({"closed": "Prometheus at x does not answer"}, End.CENSORED, "does not answer", id="Prometheus gone"),
     pytest.param({"failed": "a rank refused"}, End.CENSORED, "a rank refused", id="refused by a rank"),
 ]
@@ -222,7 +228,7 @@ def test_a_shift_between_the_windows_of_a_pair_censors_the_trial() -> None:
     def shifts(in_force: Setting, rng: random.Random) -> Measurement:
         return knee(in_force, rng) if in_force == setting(seqs=16) else measured(requests=900, requests_per_s=90)
 
-    bench = Bench(memory_study(), shifts).run(120)
+    bench = Bench(memory_study(), shifts).run(300)
     assert "arrivals went from" in bench.ends(End.CENSORED)[0][1].reason
 
 
@@ -311,7 +317,7 @@ def test_an_exhausted_space_does_not_fill_the_study_with_refused_proposals() -> 
 def test_trials_that_win_nothing_become_rare() -> None:
     bench = Bench(memory_study(), lambda *_: measured()).run(6000)
     times = bench.applied()
-    assert times[8] - times[0] < 500
+    assert times[8] - times[0] < 800
     assert times[-1] - times[-2] > 300
 
 

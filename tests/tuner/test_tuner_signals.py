@@ -31,6 +31,11 @@ HEALTHY: dict[str, object] = {
     "busy_s": 9.0,
     "ttft_p95_s": 0.4,
     "itl_p95_s": 0.03,
+    "request_p95_s": 2.5,
+    "decode_busy_s": 4.0,
+    "decode_steps": 400,
+    "engine_prompt_tokens": 30_000,
+    "engine_output_tokens": 6_000,
     "lost_gate_mass": 0.001,
     "imbalance": 1.3,
 }
@@ -58,6 +63,9 @@ async def test_a_window_is_measured() -> None:
     assert window.requests_per_s == 10.0
     assert window.busy_s_per_ktoken == pytest.approx(0.25)
     assert (window.prompt_tokens, window.output_tokens) == (300.0, 60.0)
+    assert (window.decode_step_s, window.decode_batch) == (0.01, 15.0)
+    assert window.prefill_s_per_token == pytest.approx(5.0 / 30_000)
+    assert window.request_p95_s == 2.5
     assert (window.failed_share, window.spill_share, window.lost_gate_mass) == (0.02, 0.05, 0.001)
 
 
@@ -118,6 +126,14 @@ def test_every_query_reads_only_metrics_of_the_table() -> None:
         assert set(re.findall(r"moestack_\w+", query)) <= known
 
 
+LIES = (
+    ("NaN", "no engine time counted"),
+    ("reset", "an engine's counters were reset in the window"),
+    ("gap", "has no present sample of moestack_engine_running_requests"),
+)
+"""What a target may do, and what the tuner says of a window that saw it."""
+
+
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus: apt-get install prometheus")
 async def test_a_real_prometheus_understands_every_query(tmp_path: Path) -> None:
     registry = CollectorRegistry()
@@ -139,7 +155,11 @@ async def test_a_real_prometheus_understands_every_query(tmp_path: Path) -> None
     ttft = metrics.histogram(metrics.GATEWAY_TTFT, registry).labels(DEPLOYMENT, "local")
     itl = metrics.histogram(metrics.GATEWAY_ITL, registry).labels(DEPLOYMENT, "local")
 
+    told = {"lie": ""}
+
     async def scrape(_: web.Request) -> web.Response:
+        if told["lie"] == "gap":
+            return web.Response(status=500)
         running.set(3)
         counters[metrics.ENGINE_BUSY].inc(0.2)
         counters[metrics.ENGINE_STEPS].inc(10)
@@ -153,7 +173,12 @@ async def test_a_real_prometheus_understands_every_query(tmp_path: Path) -> None
         for _ in range(10):
             ttft.observe(0.22)
             itl.observe(0.011)
-        return web.Response(body=generate_latest(registry))
+        body = generate_latest(registry)
+        if told["lie"] == "reset":
+            body = re.sub(rb"(?m)^(moestack_engine_steps_total.*) [0-9.e+]+$", rb"\1 1.0", body)
+        if told["lie"] == "NaN":
+            body = re.sub(rb"(?m)^(moestack_engine_busy_seconds_total.*) [0-9.e+]+$", rb"\1 NaN", body)
+        return web.Response(body=body)
 
     async with served([web.get("/metrics", scrape)]) as target:
         with socket.socket() as free:
@@ -189,6 +214,15 @@ async def test_a_real_prometheus_understands_every_query(tmp_path: Path) -> None
             assert window.imbalance == pytest.approx(1.5)
             assert (window.failed_share, window.spill_share) == (0.0, 0.0)
             assert await source.health() is None
+            for told["lie"], words in LIES:
+                reason = ""
+                for _ in range(60):
+                    await asyncio.sleep(0.25)
+                    window = await source.measure(3.0)
+                    reason = window.reason if isinstance(window, Unmeasured) else ""
+                    if words in reason:
+                        break
+                assert words in reason
         finally:
             source.close()
             process.send_signal(signal.SIGTERM)

@@ -1,6 +1,8 @@
-"""The tuner's own metrics: the TUNER_* rows of the metric table, in a registry of their own."""
+"""The tuner's own metrics: the TUNER_* rows of the metric table, for all deployments in one registry."""
 
 from __future__ import annotations
+
+import contextlib
 
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -8,38 +10,60 @@ from moe_core import metrics
 from moe_tuner.explore import End
 
 
-class Exporter:
-    """One deployment's tuner metrics."""
+class Families:
+    """The registry of a process."""
 
-    def __init__(self, deployment: str) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._deployment = deployment
-        self._decisions = metrics.counter(metrics.TUNER_DECISIONS, self._registry)
-        self._exploring = metrics.gauge(metrics.TUNER_EXPLORING, self._registry).labels(deployment)
-        self._version = metrics.gauge(metrics.TUNER_KNOBS_VERSION, self._registry).labels(deployment)
-        self._trials = metrics.counter(metrics.TUNER_TRIALS, self._registry)
-        self._acks = metrics.histogram(metrics.TUNER_ACK_SECONDS, self._registry).labels(deployment)
-        self._ticks = metrics.histogram(metrics.TUNER_TICK_SECONDS, self._registry).labels(deployment)
-        for end in End:
-            self._trials.labels(deployment, end.value)
-
-    def decided(self, loop: str, action: str) -> None:
-        self._decisions.labels(self._deployment, loop, action).inc()
-
-    def exploring(self, may: bool) -> None:
-        self._exploring.set(1 if may else 0)
-
-    def version(self, version: int) -> None:
-        self._version.set(version)
-
-    def trial_ended(self, end: End) -> None:
-        self._trials.labels(self._deployment, end.value).inc()
-
-    def acknowledged(self, seconds: float) -> None:
-        self._acks.observe(seconds)
-
-    def ticked(self, seconds: float) -> None:
-        self._ticks.observe(seconds)
+        self.decisions = metrics.counter(metrics.TUNER_DECISIONS, self._registry)
+        self.exploring = metrics.gauge(metrics.TUNER_EXPLORING, self._registry)
+        self.version = metrics.gauge(metrics.TUNER_KNOBS_VERSION, self._registry)
+        self.trials = metrics.counter(metrics.TUNER_TRIALS, self._registry)
+        self.acks = metrics.histogram(metrics.TUNER_ACK_SECONDS, self._registry)
+        self.ticks = metrics.histogram(metrics.TUNER_TICK_SECONDS, self._registry)
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class Exporter:
+    """One deployment's part of them."""
+
+    def __init__(self, deployment: str, families: Families | None = None) -> None:
+        self._deployment = deployment
+        self._all = families or Families()
+        self._decisions: set[tuple[str, str]] = set()
+        for end in End:
+            self._all.trials.labels(deployment, end.value)
+
+    def decided(self, loop: str, action: str) -> None:
+        self._decisions.add((loop, action))
+        self._all.decisions.labels(self._deployment, loop, action).inc()
+
+    def exploring(self, may: bool) -> None:
+        self._all.exploring.labels(self._deployment).set(1 if may else 0)
+
+    def version(self, version: int) -> None:
+        self._all.version.labels(self._deployment).set(version)
+
+    def trial_ended(self, end: End) -> None:
+        self._all.trials.labels(self._deployment, end.value).inc()
+
+    def acknowledged(self, seconds: float) -> None:
+        self._all.acks.labels(self._deployment).observe(seconds)
+
+    def ticked(self, seconds: float) -> None:
+        self._all.ticks.labels(self._deployment).observe(seconds)
+
+    def exposition(self) -> bytes:
+        return self._all.exposition()
+
+    def close(self) -> None:
+        """Take the series of a deployment that is gone out of the exposition."""
+        every, name = self._all, self._deployment
+        rows = [(family, (name,)) for family in (every.exploring, every.version, every.acks, every.ticks)]
+        rows += [(every.trials, (name, end.value)) for end in End]  # type: ignore[misc]
+        rows += [(every.decisions, (name, *row)) for row in self._decisions]  # type: ignore[misc]
+        for family, labels in rows:
+            with contextlib.suppress(KeyError):
+                family.remove(*labels)

@@ -7,23 +7,27 @@ else's, which become the home.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from typing import Any
 
 from moe_core import retune
 from moe_core.clock import Clock
-from moe_core.config import TunerConfig
 from moe_core.log import Log
 from moe_core.retune import Action, RetuneState
 from moe_core.setting import Setting, Signals
 from moe_core.wire import Knobs
 from moe_tuner.actuate import AckReport, ActuationFailed, Actuator, Overtaken, Sent
 from moe_tuner.exporter import Exporter
-from moe_tuner.journal import Journal, Saved
+from moe_tuner.journal import GuardMemory, Journal, Saved
+from moe_tuner.live import Live
 from moe_tuner.report import AckSummary, DecisionRecord, Loop
 from moe_tuner.world import Reading, boot_setting
 
 REFUSED_S = 60.0
 """After a rank refused a setting, the fast loop makes no further move for this long."""
 OWED_AGAIN_S = 5.0
+DAY_S = 86_400.0
+CRASHED_KEPT = 100
 RETURNS = ("RollBack", "Restore", "Refused")
 COUNTED_BY_POLICY = frozenset(action.value for action in Action)
 
@@ -33,7 +37,7 @@ class Hand:
 
     def __init__(
         self,
-        config: TunerConfig,
+        live: Live,
         *,
         actuator: Actuator,
         journal: Journal,
@@ -41,7 +45,7 @@ class Hand:
         clock: Clock,
         log: Log,
     ) -> None:
-        self._config = config
+        self._live = live
         self._actuator = actuator
         self._journal = journal
         self._exporter = exporter
@@ -55,6 +59,7 @@ class Hand:
         self.trial_failed: str | None = None
         self.overtaken: str | None = None
         self.no_moves_until_s = 0.0
+        self.memory = GuardMemory()
         self._trial: Setting | None = None
         self._owed: tuple[Setting, str] | None = None
         self._owed_again_s = 0.0
@@ -64,7 +69,12 @@ class Hand:
 
     @property
     def may_send(self) -> bool:
-        return self._config.mode == "Auto" and not self._config.paused
+        return self._live.config.mode == "Auto" and not self._live.config.paused
+
+    @property
+    def may_repair(self) -> bool:
+        """Sending what is in force already, to one that lost it, changes no knob: a pause allows it."""
+        return self._live.config.mode == "Auto"
 
     @property
     def holds_trial(self) -> bool:
@@ -77,7 +87,20 @@ class Hand:
         return self._owed is not None
 
     def history(self, limit: int) -> tuple[DecisionRecord, ...]:
+        """The last decisions, newest first, of those in memory."""
         return self._journal.recent(limit)
+
+    def read(self, limit: int) -> tuple[DecisionRecord, ...]:
+        """The same from the file. Blocks."""
+        return self._journal.read(limit)
+
+    @property
+    def journal_problem(self) -> str | None:
+        return self._journal.problem
+
+    def journal_again(self) -> None:
+        """See whether a disk that failed takes records again."""
+        self._journal.retry()
 
     # Agreement with the board
 
@@ -91,7 +114,7 @@ class Hand:
         theirs, ours = reading.in_force, self.knobs
         if theirs is not None and (ours is None or theirs.version > ours.version):
             self._meet(theirs)
-        elif ours is not None and self.may_send:
+        elif ours is not None and self.may_repair:
             try:
                 await self._actuator.resend(theirs, reading.gateway_versions)
             except ActuationFailed as error:
@@ -99,7 +122,8 @@ class Hand:
             except Overtaken as error:
                 if error.knobs is not None:
                     self._meet(error.knobs)
-        if self._owed is not None and self.may_send and self._clock.monotonic() >= self._owed_again_s:
+        # A candidate that nobody has proven goes back whatever the mode is by now.
+        if self._owed is not None and self._clock.monotonic() >= self._owed_again_s:
             setting, reason = self._owed
             self._owed_again_s = self._clock.monotonic() + OWED_AGAIN_S
             if await self.send(setting, "slow", "RollBack", f"{reason} (sent again)"):
@@ -107,9 +131,10 @@ class Hand:
 
     async def _adopt(self, reading: Reading) -> None:
         """Take over what is in force, and tell from the saved state whose it is."""
-        saved = self._journal.load()
+        saved = self._journal.load() or self._journal.rebuilt()
         if saved is not None:
             self.state = self._resumed(saved)
+            self.memory = GuardMemory(saved.auto_since_s, saved.trials_at_s, saved.crashed)
         home = self.state.home
         if reading.in_force is None:
             await self._adopt_boot(reading, home)
@@ -127,8 +152,7 @@ class Hand:
         self._log.info("knobs taken over from the board", version=reading.in_force.version, setting=found.text())
         if found == saved.trial and found != home:
             self._trial = found
-            if self.may_send:
-                await self.take_back(home, "RollBack", "a restart found a trial in force: back to the incumbent")
+            await self.take_back(home, "RollBack", "a restart found a trial in force: back to the incumbent")
 
     async def _adopt_boot(self, reading: Reading, home: Setting | None) -> None:
         """A board without knobs: a new one, or one that lost its memory with all its replicas."""
@@ -139,7 +163,7 @@ class Hand:
         if home is None:
             self.state = retune.rebase(self.state, boot)
             self.save()
-        elif home != boot and self.may_send:
+        elif home != boot and self.may_repair:
             reason = "the board has no knobs: the last safe setting is sent again"
             await self.send(home, "fast", "Restore", reason)
 
@@ -176,9 +200,19 @@ class Hand:
 
     # Changes
 
-    async def send(self, setting: Setting, loop: Loop, action: str, reason: str, *, trial: bool = False) -> bool:
-        """Put a setting in force; its record is written when the acknowledgements are in. False: it was not sent."""
-        record = self._new_record(loop, action, reason, self.in_force or setting, setting)
+    async def send(
+        self,
+        setting: Setting,
+        loop: Loop,
+        action: str,
+        reason: str,
+        *,
+        trial: bool = False,
+        told: dict[str, Any] | None = None,
+    ) -> bool:
+        """Put a setting in force; its record, with what is `told` beside, is written when the acknowledgements are in.
+        False: it was not sent."""
+        record = self._new_record(loop, action, reason, self.in_force or setting, setting, told)
         if trial:
             self._trial = setting
         # Before sending: whoever finds these knobs after a crash must know whose they are.
@@ -205,22 +239,57 @@ class Hand:
         self._settling = asyncio.create_task(self._settle(sent))
         return True
 
-    async def take_back(self, home: Setting, action: str, reason: str) -> None:
+    async def take_back(self, home: Setting, action: str, reason: str, told: dict[str, Any] | None = None) -> None:
         """Put the incumbent back in place of a candidate; owed until the board has taken it."""
-        if not await self.send(home, "slow", action, reason):
+        if not await self.send(home, "slow", action, reason, told=told):
             self._owed = (home, reason)
 
-    def promote(self, setting: Setting, reason: str) -> None:
-        """The candidate in force becomes the home."""
+    async def promote(self, setting: Setting, reason: str, told: dict[str, Any] | None = None) -> None:
+        """The candidate becomes the home, in force already or put there now."""
         before = self.state.home or setting
-        self.state, self._trial = retune.rebase(self.state, setting), None
+        self.state = retune.rebase(self.state, setting)
+        if self.in_force == setting:
+            self._trial = None
+            self.save()
+            self.record("slow", "Promote", reason, before, setting, told)
+        elif not await self.send(setting, "slow", "Promote", reason, told=told):
+            self.state = retune.rebase(self.state, before)
+            self.save()
+
+    def pinned(self, setting: Setting) -> None:
+        """Knobs that a person holds at a value are part of the home."""
+        self.state = retune.rebase(self.state, setting)
         self.save()
-        self.record("slow", "Promote", reason, before, setting)
+
+    # What the guard remembers
+
+    def auto_began(self) -> float:
+        """Unix seconds at which mode Auto first began; noted now where it never had."""
+        if self.memory.auto_since_s is None:
+            self.memory = replace(self.memory, auto_since_s=self._clock.time())
+            self.save()
+        return self.memory.auto_since_s or 0.0
+
+    def trials_today(self) -> int:
+        """Live trials of the last 24 hours."""
+        since_s = self._clock.time() - DAY_S
+        return sum(1 for at_s in self.memory.trials_at_s if at_s > since_s)
+
+    def count_trial(self) -> None:
+        since_s = self._clock.time() - DAY_S
+        kept = tuple(at_s for at_s in self.memory.trials_at_s if at_s > since_s)
+        self.memory = replace(self.memory, trials_at_s=(*kept, self._clock.time()))
+
+    def remember_crash(self, setting: Setting) -> None:
+        """An engine died under this setting: it is never tried again, whatever becomes of the study."""
+        kept = tuple(known for known in self.memory.crashed if known != setting)
+        self.memory = replace(self.memory, crashed=(*kept, setting)[-CRASHED_KEPT:])
+        self.save()
 
     async def close(self) -> None:
         """Take back a candidate if one is in force, and close the record that is open."""
         home = self.state.home
-        if self.holds_trial and home is not None and home != self.in_force and self.may_send:
+        if self.holds_trial and home is not None and home != self.in_force:
             await self.send(home, "slow", "RollBack", "the tuner was told to stop: back to the incumbent")
         self._close_record(note="the tuner stopped before all acknowledgements were in")
         if self.in_force is not None:
@@ -249,9 +318,17 @@ class Hand:
 
     # Records
 
-    def record(self, loop: Loop, action: str, reason: str, before: Setting, after: Setting | None) -> DecisionRecord:
+    def record(
+        self,
+        loop: Loop,
+        action: str,
+        reason: str,
+        before: Setting,
+        after: Setting | None,
+        told: dict[str, Any] | None = None,
+    ) -> DecisionRecord:
         """Write down a decision that sends nothing."""
-        record = self._new_record(loop, action, reason, before, after).model_copy(update={"sent": False})
+        record = self._new_record(loop, action, reason, before, after, told).model_copy(update={"sent": False})
         self._write(record)
         return record
 
@@ -259,22 +336,31 @@ class Hand:
         """Keep what a restart needs."""
         doubtful = None if self._doubtful is None else Setting.of(self._doubtful[0])
         ours = tuple(setting for setting in (self.in_force, intended, doubtful) if setting is not None)
-        self._journal.save(self.state, ours=ours, trial=self._trial, pending=pending or self._unsettled)
+        self._journal.save(
+            self.state, ours=ours, trial=self._trial, pending=pending or self._unsettled, guard=self.memory
+        )
 
     def _new_record(
-        self, loop: Loop, action: str, reason: str, before: Setting, after: Setting | None
+        self,
+        loop: Loop,
+        action: str,
+        reason: str,
+        before: Setting,
+        after: Setting | None,
+        told: dict[str, Any] | None = None,
     ) -> DecisionRecord:
-        return DecisionRecord(
+        record = DecisionRecord(
             time=self._clock.time(),
             loop=loop,
             action=action,
             reason=reason,
-            mode=self._config.mode,
+            mode=self._live.config.mode,
             sent=True,
             signals=self.signals,
             before=before,
             after=after,
         )
+        return record if told is None else record.model_copy(update=told)
 
     def _close_record(self, *, report: AckReport | None = None, note: str | None = None) -> DecisionRecord | None:
         """Write the record of the change that waits for its acknowledgements, with what came of them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -19,8 +20,26 @@ from moe_core.retune import RetuneState
 from moe_core.setting import Setting
 from moe_tuner.report import DecisionRecord
 
-KEPT = 1000
-TAIL_BYTES = 4_000_000
+KEPT = 50
+"""Records in memory; older ones are read from the file."""
+TAIL_BYTES = 500_000
+RECORD_BYTES = 10_000
+"""Above the usual length of a line: what is read of the file for one record."""
+
+
+CRASHED = "died under it"
+"""Words of the guard where an engine did not survive a candidate."""
+HOMES = ("Undo", "Promote", "Adopt", "RollBack", "Return", "Restore", "Pin")
+"""Actions whose setting stands while nothing presses: each was in force before, or won, or is a person's."""
+
+
+@dataclass(frozen=True)
+class GuardMemory:
+    """What the guard of the slow loop must know after a restart."""
+
+    auto_since_s: float | None = None
+    trials_at_s: tuple[float, ...] = ()
+    crashed: tuple[Setting, ...] = ()
 
 
 class Saved(Model):
@@ -32,6 +51,9 @@ class Saved(Model):
     ours: tuple[Setting, ...] = Field(default=(), description="settings that this tuner has, or may have, put in force")
     trial: Setting | None = Field(default=None, description="a candidate that is, or may be, in force")
     pending: DecisionRecord | None = None
+    auto_since_s: float | None = Field(default=None, description="unix seconds at which mode Auto first began")
+    trials_at_s: tuple[float, ...] = Field(default=(), description="unix seconds of live trials of the last day")
+    crashed: tuple[Setting, ...] = Field(default=(), description="settings under which an engine died: never again")
 
 
 class Journal:
@@ -42,25 +64,40 @@ class Journal:
         self._state_path = self._path.with_name(self._path.name + ".state.json")
         self._clock = clock
         self._log = log
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._start = ""
-        self._recent: deque[DecisionRecord] = deque(self._read_tail(), maxlen=KEPT)
+        self.problem: str | None = None
+        """Why it cannot be written now: what a restart would not know must not be tried."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._failed("the decision log's folder cannot be made", self._path.parent, error)
+        self._recent: deque[DecisionRecord] = deque(self._read_tail(KEPT, TAIL_BYTES), maxlen=KEPT)
 
     def append(self, record: DecisionRecord) -> None:
-        self._recent.append(record)
+        self._recent.append(record.model_copy(update={"inputs": None}))
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{self._start}{record.model_dump_json(by_alias=True, exclude_none=True)}\n")
                 self._start = ""
         except OSError as error:
-            self._log.error("the decision log cannot be written", path=str(self._path), why=str(error))
+            self._failed("the decision log cannot be written", self._path, error)
 
     def recent(self, limit: int) -> tuple[DecisionRecord, ...]:
-        """The last decisions, newest first."""
+        """The last decisions, newest first, of those in memory."""
         return tuple(reversed(self._recent))[: max(0, limit)]
 
+    def read(self, limit: int) -> tuple[DecisionRecord, ...]:
+        """The last decisions from the file, newest first, with their inputs. Blocks."""
+        return tuple(reversed(self._read_tail(limit, limit * RECORD_BYTES)))
+
     def save(
-        self, state: RetuneState, *, ours: tuple[Setting, ...], trial: Setting | None, pending: DecisionRecord | None
+        self,
+        state: RetuneState,
+        *,
+        ours: tuple[Setting, ...],
+        trial: Setting | None,
+        pending: DecisionRecord | None,
+        guard: GuardMemory,
     ) -> None:
         """Replace the saved state in one step: a reader finds the old one or the new one."""
         saved = Saved(
@@ -70,13 +107,31 @@ class Journal:
             ours=ours,
             trial=trial,
             pending=pending,
+            auto_since_s=guard.auto_since_s,
+            trials_at_s=guard.trials_at_s,
+            crashed=guard.crashed,
         )
         beside = self._state_path.with_name(self._state_path.name + ".new")
         try:
             beside.write_text(saved.model_dump_json(by_alias=True), encoding="utf-8")
             os.replace(beside, self._state_path)
         except OSError as error:
-            self._log.error("the tuner's state cannot be saved", path=str(self._state_path), why=str(error))
+            self._failed("the tuner's state cannot be saved", self._state_path, error)
+        else:
+            if self.problem is not None:
+                self._log.info("the decision log can be written again", path=str(self._path))
+            self.problem = None
+
+    def retry(self) -> None:
+        """Look whether a log that failed can be written again."""
+        if self.problem is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8"):
+                self.problem = None
+        except OSError:
+            return
 
     def load(self) -> Saved | None:
         """The saved state; None where there is none, or none that can be read."""
@@ -87,22 +142,54 @@ class Journal:
         except (OSError, ValidationError) as error:
             why = type(error).__name__
             self._log.warning(
-                "the saved state cannot be read: starting without it", path=str(self._state_path), why=why
+                "the saved state cannot be read: starting from the decision log", path=str(self._state_path), why=why
             )
             return None
 
-    def _read_tail(self) -> list[DecisionRecord]:
+    def rebuilt(self) -> Saved | None:
+        """What the decision log alone tells, where the saved state is lost: the last safe setting, and whose the knobs
+        in force are. The budget counts as spent as far as the log shows it."""
+        known = [record for record in self.recent(KEPT) if record.after is not None]
+        home = next((record.after for record in known if record.action in HOMES), None)
+        if home is None and known:
+            home = known[-1].before
+        if home is None:
+            return None
+        last = next((record for record in known if record.sent), None)
+        ours = () if last is None or last.after is None else (last.after,)
+        changes = tuple(record.time for record in reversed(known) if record.sent)
+        return Saved(
+            saved_at_s=self._clock.time(),
+            saved_monotonic_s=self._clock.time(),
+            state=RetuneState(home=home, changes_at_s=changes),
+            ours=ours,
+            trial=last.after if last is not None and last.action == "Try" else None,
+            trials_at_s=tuple(record.time for record in reversed(known) if record.action == "Try"),
+            crashed=tuple(
+                record.before for record in known if record.action == "RollBack" and CRASHED in record.reason
+            ),
+        )
+
+    def _failed(self, what: str, path: Path, error: OSError) -> None:
+        if self.problem is None:
+            self._log.error(what, path=str(path), why=str(error))
+        self.problem = f"{what} ({error.strerror or type(error).__name__})"
+
+    def _read_tail(self, limit: int, most_bytes: int) -> list[DecisionRecord]:
         try:
             with self._path.open("rb") as file:
                 file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - TAIL_BYTES))
+                file.seek(max(0, file.tell() - most_bytes))
                 text = file.read()
         except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._failed("the decision log cannot be read", self._path, error)
             return []
         lines, records = text.splitlines(), list[DecisionRecord]()
         if text and not text.endswith(b"\n"):
             self._start = "\n"  # A crash cut the last line: the next record begins its own.
-        for line in lines[-KEPT:]:
+        for line in lines[-limit:]:
             try:
                 records.append(DecisionRecord.model_validate_json(line))
             except ValidationError:

@@ -34,6 +34,10 @@ class Measurement(Model):
     itl_p95_s: float | None = None
     failed_share: float = Field(description="errors, cut streams and shed requests")
     spill_share: float = 0.0
+    request_p95_s: float | None = Field(default=None, description="arrival to last byte")
+    decode_step_s: float | None = Field(default=None, description="mean pass without a prefill token")
+    decode_batch: float | None = Field(default=None, description="mean sequences in such a pass")
+    prefill_s_per_token: float | None = Field(default=None, description="of the other passes, a replica's")
     lost_gate_mass: float | None = Field(default=None, description="per token")
     imbalance: float | None = Field(default=None, description="rank max/mean of demand")
 

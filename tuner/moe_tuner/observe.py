@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moe_core.setting import Signals
 from moe_core.wire import GatewayDigest, ReplicaDigest
@@ -35,6 +35,7 @@ class Track:
 
     counters: Mapping[str, tuple[Counters, ...]] = field(default_factory=dict)
     seen: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    silent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ class Folded:
 
     signals: Signals
     restarted: tuple[str, ...] = ()
+    died: tuple[str, ...] = ()
+    """Replicas that restarted, fell silent or are gone since the tick before."""
     versions: tuple[int, ...] = ()
 
 
 def fold(observation: Observation, track: Track, now_s: float) -> tuple[Folded, Track]:
     """Combine all digests. `now_s` is monotonic; ages are judged by our own clock, so that skew cannot lie."""
+    before = track
     replicas, track, restarted, stale = _fresh(observation.replicas, track, now_s)
     missing = (*observation.missing, *(f"replica {name}: its digest stands still" for name in stale))
     board = _from_board(replicas, track) if replicas else {}
@@ -66,14 +70,18 @@ def fold(observation: Observation, track: Track, now_s: float) -> tuple[Folded, 
         *(digest.knobs_version for digest in observation.gateways or ()),
     )
     signals = Signals.model_validate({**board, **gateway, "missing": missing, "lag_s": COUNTER_WINDOW_S + 1.0})
-    return Folded(signals, restarted, versions), track
+    silent = {name for name in stale if name not in before.silent}
+    gone = tuple(sorted(before.seen.keys() - track.seen.keys()))
+    died = tuple(dict.fromkeys((*restarted, *sorted(silent), *gone)))
+    return Folded(signals, restarted, died, versions), replace(track, silent=frozenset(stale))
 
 
 def _fresh(
     digests: tuple[ReplicaDigest, ...] | None, track: Track, now_s: float
 ) -> tuple[tuple[ReplicaDigest, ...] | None, Track, tuple[str, ...], tuple[str, ...]]:
-    if digests is None:
-        return None, track, (), ()
+    if not digests:
+        # No board, or one that has just lost its memory: no word on any replica.
+        return digests, track, (), ()
     counters, seen = dict[str, tuple[Counters, ...]](), dict[str, tuple[int, float]]()
     fresh, restarted, stale = list[ReplicaDigest](), list[str](), list[str]()
     for digest in digests:
@@ -137,6 +145,7 @@ def _from_board(replicas: tuple[ReplicaDigest, ...], track: Track) -> dict[str, 
         "engine_tokens_per_s": engine_tokens if seconds else None,
         "rank_demand": _imbalance(replicas, demand=True),
         "rank_assigned": _imbalance(replicas, demand=False),
+        "expert_cv": _spread(replicas),
         "lost_gate_mass": lost / tokens if tokens > 0 else None,
         "dropped_share": dropped / slots if slots > 0 else None,
     }
@@ -154,6 +163,18 @@ def _imbalance(replicas: tuple[ReplicaDigest, ...], *, demand: bool) -> float | 
                 total += layer.window_slots * ratio
         if weight > 0:
             worst = total / weight if worst is None else max(worst, total / weight)
+    return worst
+
+
+def _spread(replicas: tuple[ReplicaDigest, ...]) -> float | None:
+    """Coefficient of variation of demand over experts, of the worst replica, its layers weighted by their slots."""
+    worst: float | None = None
+    for digest in replicas:
+        known = [(x.window_slots, x.expert_cv) for x in digest.layers if x.hooked and x.expert_cv is not None]
+        weight = sum(slots for slots, _ in known)
+        if weight > 0:
+            mean = sum(slots * spread for slots, spread in known) / weight
+            worst = mean if worst is None else max(worst, mean)
     return worst
 
 

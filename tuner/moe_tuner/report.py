@@ -5,14 +5,25 @@ Imports neither Optuna nor Prometheus, so that the command line can read a repor
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from moe_api.base import Model
 from moe_core.setting import Setting, Signals
+from moe_core.wire import TuningOrders
 
 Loop = Literal["fast", "slow"]
+
+
+class Effect(Model):
+    """What a candidate costs over the incumbent: 0.9 is 10 % cheaper."""
+
+    ratio: float
+    low: float | None = Field(default=None, description="95 % interval by a block bootstrap over pairs")
+    high: float | None = None
+    pairs: int = 0
+    evidence: float = Field(default=1.0, description="e-value against no gain; 1/alpha promotes")
 
 
 class DecisionRecord(Model):
@@ -32,6 +43,12 @@ class DecisionRecord(Model):
     ack_missing: tuple[str, ...] = ()
     ack_errors: tuple[str, ...] = ()
     note: str | None = None
+    predicted: Effect | None = Field(default=None, description="by the simulator, before it was tried")
+    measured: Effect | None = Field(default=None, description="by pairs of windows on the running system")
+    trial: int | None = Field(default=None, description="number in the study")
+    inputs: dict[str, Any] | None = Field(
+        default=None, description="what the policy was given, for `moectl tune replay`; in the log alone"
+    )
 
 
 class TrialReport(Model):
@@ -83,5 +100,24 @@ class TuningReport(Model):
     spike: bool = False
     signals: Signals
     budget: Budget
+    trials_today: int = 0
+    trials_per_day: int = 0
+    orders: TuningOrders | None = Field(default=None, description="what a person ordered by command")
+    journal_problem: str | None = None
     recommendation: DecisionRecord | None = None
     decisions: tuple[DecisionRecord, ...] = Field(default=(), description="the last ones, newest first")
+
+
+class DeploymentSummary(Model):
+    """A row of `GET /v1/deployments`."""
+
+    deployment: str
+    tuned: bool
+    problem: str | None = Field(default=None, description="why it is not tuned, or what is wrong with it")
+    mode: Literal["Off", "Recommend", "Auto"] | None = None
+    paused: bool | None = None
+    version: int | None = None
+    displaced: bool | None = None
+    exploring: bool | None = None
+    exploring_reason: str | None = None
+    fast_reason: str | None = None

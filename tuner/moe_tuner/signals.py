@@ -6,7 +6,6 @@ window, but not what an engine did between two scrapes, so a window with a reset
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from urllib3.util.retry import Retry
 from moe_core import metrics
 from moe_core.metrics import Metric
 from moe_tuner.measure import MIN_REQUESTS, Measurement, Unmeasured
+from moe_tuner.workers import Workers, run_in
 
 QUERY_S = 3.0
 STALE_S = 15.0
@@ -79,8 +79,13 @@ def queries(deployment: str, window_s: float) -> dict[str, str]:
         "output_tokens": increase(metrics.GATEWAY_OUTPUT_TOKENS),
         "engine_tokens": f"{increase(metrics.ENGINE_PROMPT_TOKENS)} + {increase(metrics.ENGINE_OUTPUT_TOKENS)}",
         "busy_s": increase(metrics.ENGINE_BUSY),
+        "decode_busy_s": increase(metrics.ENGINE_DECODE_BUSY),
+        "decode_steps": increase(metrics.ENGINE_DECODE_STEPS),
+        "engine_prompt_tokens": increase(metrics.ENGINE_PROMPT_TOKENS),
+        "engine_output_tokens": increase(metrics.ENGINE_OUTPUT_TOKENS),
         "ttft_p95_s": p95(metrics.GATEWAY_TTFT),
         "itl_p95_s": p95(metrics.GATEWAY_ITL),
+        "request_p95_s": p95(metrics.GATEWAY_DURATION),
         "lost_gate_mass": f"{increase(metrics.EXPERT_LOST_GATE_MASS)} / {increase(metrics.EXPERT_TOKENS)}",
         "imbalance": f"avg(avg_over_time({selector(metrics.EXPERT_IMBALANCE, deployment, by='rank_demand')}{span}))",
     }
@@ -116,11 +121,26 @@ def measurement(values: Mapping[str, float | None], window_s: float) -> Measurem
         busy_s_per_ktoken=1000.0 * busy / tokens,
         ttft_p95_s=ttft,
         itl_p95_s=values["itl_p95_s"],
+        request_p95_s=values["request_p95_s"],
         failed_share=min(1.0, (values["failed"] or 0.0) / requests_seen),
         spill_share=min(1.0, (values["spilled"] or 0.0) / requests_seen),
         lost_gate_mass=values["lost_gate_mass"],
         imbalance=values["imbalance"],
+        **_passes(values, busy),
     )
+
+
+def _passes(values: Mapping[str, float | None], busy_s: float) -> dict[str, float]:
+    """What the simulator needs of the engine's passes; nothing where its counters do not say."""
+    decode_s, steps = values["decode_busy_s"], values["decode_steps"]
+    prompt, output = values["engine_prompt_tokens"], values["engine_output_tokens"]
+    if not decode_s or not steps or not prompt or not output or busy_s <= decode_s:
+        return {}
+    return {
+        "decode_step_s": decode_s / steps,
+        "decode_batch": output / steps,
+        "prefill_s_per_token": (busy_s - decode_s) / prompt,
+    }
 
 
 def scalar(result: object) -> float | None:
@@ -139,9 +159,10 @@ def scalar(result: object) -> float | None:
 class Prometheus:
     """A Prometheus server as a Source. Queries run in a thread: the client blocks, the loops must not."""
 
-    def __init__(self, url: str, deployment: str) -> None:
+    def __init__(self, url: str, deployment: str, workers: Workers | None = None) -> None:
         self.url = public_url(url)
         self._deployment = deployment
+        self._pool = (workers or Workers()).prometheus(url)
         session = requests.Session()
         session.trust_env = False  # as our own HTTP client: no proxy between processes of one installation
         # Retries are the loop's own business: the next window asks again.
@@ -152,16 +173,15 @@ class Prometheus:
 
     async def health(self) -> Unmeasured | None:
         try:
-            age_s = (await asyncio.to_thread(self._ask, {"age_s": queries(self._deployment, STALE_S)["age_s"]}))[
-                "age_s"
-            ]
+            asked = {"age_s": queries(self._deployment, STALE_S)["age_s"]}
+            age_s = (await run_in(self._pool, lambda: self._ask(asked)))["age_s"]
         except Unusable as error:
             return Unmeasured(reason=str(error), source_down=True)
         return self._stale(age_s, STALE_S)
 
     async def measure(self, window_s: float) -> Measurement | Unmeasured:
         try:
-            values = await asyncio.to_thread(self._ask, queries(self._deployment, window_s))
+            values = await run_in(self._pool, lambda: self._ask(queries(self._deployment, window_s)))
         except Unusable as error:
             return Unmeasured(reason=str(error), source_down=True)
         return self._stale(values["age_s"], max(STALE_S, window_s)) or measurement(values, window_s)

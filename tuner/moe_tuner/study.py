@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -21,6 +22,7 @@ from moe_api.base import Model
 from moe_core.config import KnobBounds
 from moe_core.setting import ACTIVE_SEQS, CAPACITY, Setting
 from moe_tuner.explore import End, Nothing, Step, Suggestion
+from moe_tuner.postgres import PostgresJournal
 from moe_tuner.report import TrialReport
 from moe_tuner.space import Space, candidate, gentle_start
 
@@ -47,15 +49,19 @@ class Summary(Model):
 class Study:
     """One deployment's study."""
 
-    def __init__(self, storage_url: str, deployment: str, *, seed: int | None = None) -> None:
+    def __init__(
+        self, storage_url: str, deployment: str, *, seed: int | None = None, password_file: str | None = None
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         optuna.logging.disable_default_handler()
         self._where = public_storage(storage_url)
         self._storage_url = storage_url
+        self._password_file = password_file
         self._name = f"moestack/{deployment}"
         self._seed = seed
         self._random = random.Random(seed)
         self._study: optuna.Study | None = None
+        self._journal: PostgresJournal | None = None
         self._running: dict[int, Trial] = {}
 
     def open(self) -> None:
@@ -67,7 +73,7 @@ class Study:
             sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=self._seed)
             study = optuna.create_study(
                 study_name=self._name,
-                storage=self._storage_url,
+                storage=self._storage(),
                 sampler=sampler,
                 direction="minimize",
                 load_if_exists=True,
@@ -79,10 +85,15 @@ class Study:
         self._study = self._guarded(load)
 
     def ask(
-        self, incumbent: Setting, space: Space, bounds: KnobBounds, limit_in_force: int | None
+        self,
+        incumbent: Setting,
+        space: Space,
+        bounds: KnobBounds,
+        limit_in_force: int | None,
+        never: Sequence[Setting] = (),
     ) -> Suggestion | Nothing:
-        """The next candidate: not the incumbent, and not one that broke a promise before."""
-        return self._guarded(lambda: self._ask(incumbent, space, bounds, limit_in_force))
+        """The next candidate: not the incumbent, not one that broke a promise before, none of `never`."""
+        return self._guarded(lambda: self._ask(incumbent, space, bounds, limit_in_force, never))
 
     def tell(self, step: Step) -> None:
         """Record how a trial ended. A censored one teaches the sampler nothing."""
@@ -110,6 +121,27 @@ class Study:
             with contextlib.suppress(AttributeError, SQLAlchemyError):
                 storage.remove_session()
             self._study = None
+        self._close_journal()
+
+    def _storage(self) -> str | optuna.storages.BaseStorage:
+        """PostgreSQL by Optuna's journal over asyncpg; SQLite, and what else has a driver here, by its own storage."""
+        address = self._address()
+        if make_url(address).get_backend_name() != "postgresql":
+            return address
+        self._journal = PostgresJournal(address, self._name)
+        return optuna.storages.JournalStorage(self._journal)
+
+    def _close_journal(self) -> None:
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
+
+    def _address(self) -> str:
+        """The storage's address with its password, read anew: it may have been changed."""
+        if self._password_file is None:
+            return self._storage_url
+        password = Path(self._password_file).read_text(encoding="utf-8").strip()
+        return make_url(self._storage_url).set(password=password).render_as_string(hide_password=False)
 
     def _opened(self) -> optuna.Study:
         self.open()
@@ -117,11 +149,18 @@ class Study:
         return self._study
 
     def _ask(
-        self, incumbent: Setting, space: Space, bounds: KnobBounds, limit_in_force: int | None
+        self,
+        incumbent: Setting,
+        space: Space,
+        bounds: KnobBounds,
+        limit_in_force: int | None,
+        never: Sequence[Setting],
     ) -> Suggestion | Nothing:
         study = self._opened()
         known = [trial for trial in study.get_trials(deepcopy=False) if trial.state is not TrialState.WAITING]
-        unfit = [t for t in known if any(by > 0 for by in t.constraints.values()) and space.holds(t.params)]
+        # What only the simulator refused may be asked again: the simulator learns too.
+        live = [t for t in known if t.user_attrs.get(_OUTCOME) != End.SIMULATED.value and space.holds(t.params)]
+        unfit = [t.params for t in live if any(by > 0 for by in t.constraints.values())]
         if not any(trial.state is TrialState.COMPLETE for trial in known) and not study.get_trials(
             deepcopy=False, states=(TrialState.WAITING,)
         ):
@@ -130,7 +169,8 @@ class Study:
         def acceptable(params: Mapping[str, float]) -> bool:
             setting = candidate(incumbent, params, bounds)
             same = setting == incumbent or _same_in_effect(setting, incumbent, limit_in_force)
-            return not same and not any(_near(params, bad.params) for bad in unfit)
+            crashed = any(_near(_params_of(setting), _params_of(bad)) for bad in never)
+            return not same and not crashed and not any(_near(params, bad) for bad in unfit)
 
         trial = study.ask(self._distributions(space))
         if not acceptable(trial.params):
@@ -167,7 +207,10 @@ class Study:
         fit = [
             (t.value, t)
             for t in done
-            if t.state is TrialState.COMPLETE and t.value is not None and all(by <= 0 for by in t.constraints.values())
+            if t.state is TrialState.COMPLETE
+            and t.value is not None
+            and t.user_attrs.get(_OUTCOME) != End.SIMULATED.value
+            and all(by <= 0 for by in t.constraints.values())
         ]
         best = min(fit, key=lambda pair: pair[0], default=None)
         return Summary(size=len(done), best=None if best is None else _report(best[1]))
@@ -191,6 +234,7 @@ class Study:
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ImportError, ArgumentError) as error:
             self._study = None
             self._running.clear()
+            self._close_journal()
             raise StorageUnreachable(
                 f"the study's storage {self._where} does not answer ({type(error).__name__})"
             ) from None
@@ -213,6 +257,13 @@ def _near(params: Mapping[str, float], bad: Mapping[str, float]) -> bool:
         abs(params[ACTIVE_SEQS] - bad[ACTIVE_SEQS]) <= NEAR_SEQS * bad[ACTIVE_SEQS] if ACTIVE_SEQS in params else True
     )
     return gamma and seqs
+
+
+def _params_of(setting: Setting) -> dict[str, float]:
+    """A setting as a point of the study's space."""
+    cap, seqs = setting.prefill_cap, setting.engine.max_active_seqs
+    known = {CAPACITY: None if cap is None else float(cap), ACTIVE_SEQS: None if seqs is None else float(seqs)}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _same_in_effect(setting: Setting, incumbent: Setting, limit_in_force: int | None) -> bool:
