@@ -1,13 +1,18 @@
 """What the gateway costs: CPU per request beside vllm-router (Rust) and LiteLLM, latency beside none, memory over time.
 
-    python -m benchmarks.gateway [--rounds 5] [--soak 100000] [--only ours router] [--quick]
+    python -m benchmarks.gateway [--rounds 5] [--soak 100000 | --long] [--only ours router] [--parts cpu latency soak]
 
 One mock engine answers at once: a whole answer, or a stream of 100 chunks 2 ms apart. Requests have 2 KB. The gateway
 runs with one worker and everything on: API keys, ledger and reports of the engine, a priced target with a budget,
 metrics, a log line for each request. CPU is user and system time of the proxy's processes over the requests of a round;
-rounds take turns, and a ratio is the median of the rounds' own ratios. Added latency is the gateway's less the direct
-way's at the same percentile, whole answers at 50 requests a second, in turns. `rss_growth` is what resident memory
-grew by, as a share, from a tenth of `--soak` short requests to the end of them; `--soak 1000000` is the long form.
+rounds take turns, and a ratio is the median of the rounds' own ratios.
+
+Latency is of whole answers at each rate of `RATES`, all ways in turns; what a way adds is its percentile less the
+direct way's at the same rate. `added_p50_ms` and `added_p99_ms` are those at `KEY_RATE`; `added_ms` has all, with the
+CPU that a request takes at that rate: caches and processors fall asleep between rare requests, and a proxy pays for
+waking them twice. `rss_growth` is what resident memory grew by, as a share, from a tenth of `--soak` short requests to
+the end of them, `fds_growth` what file descriptors did; `--long` is a million. It can be interrupted: what was seen
+until then is reported.
 
 The rivals are installed from requirements/rivals-*.txt into the cache, each in an environment of its own.
 """
@@ -42,6 +47,13 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moes
 RIVALS = ("router", "litellm")
 CHUNKS, GAP_MS = 100, 2.0
 CONNECTIONS = 16
+RATES = (50.0, 200.0, 500.0, 800.0)
+"""Requests a second at which latency is measured."""
+KEY_RATE = 50.0
+"""The rate that the goals' figures are of: the dearest at which nothing queues, and the one measured from the start."""
+TURNS = 4
+PARTS = ("cpu", "latency", "soak")
+LONG = 1_000_000
 START_S = 120.0
 
 
@@ -55,7 +67,7 @@ class Size:
     soak: int
 
 
-FULL, QUICK = Size(4000, 320, 10.0, 100_000), Size(300, 32, 1.0, 2000)
+FULL, QUICK = Size(4000, 320, 5.0, 100_000), Size(300, 32, 1.0, 2000)
 SLOW = {"litellm": 0.05}
 """Share of the requests that a proxy gets which is slow by far."""
 
@@ -212,27 +224,70 @@ def cpu_ms(proxy: Proxy, stream: bool, size: Size) -> float:
     return (proxy.cpu_s() - before) / count * 1e3
 
 
-def latency(ports: dict[str, int], size: Size, turns: int = 4) -> dict[str, dict[str, float]]:
-    """Milliseconds to the whole answer by way, in turns."""
+def latency(ports: dict[str, int], proxies: dict[str, Proxy], size: Size, rps: float) -> dict[str, dict[str, float]]:
+    """Milliseconds to the whole answer by way at a rate, in turns; for a proxy the CPU of a request too."""
     seen: dict[str, list[float]] = {name: [] for name in ports}
-    for turn in range(turns):
+    cpu_s = dict.fromkeys(ports, 0.0)
+    for turn in range(TURNS):
         for name in ports if turn % 2 == 0 else reversed(ports):
-            found: Seen = uvloop.run(open_loop(ports[name], False, 50.0, size.latency_s))
+            before = proxies[name].cpu_s() if name in proxies else 0.0
+            found: Seen = uvloop.run(open_loop(ports[name], False, rps, size.latency_s))
+            cpu_s[name] += (proxies[name].cpu_s() if name in proxies else 0.0) - before
             seen[name] += found.whole_s
-    return {name: {f"p{q}": float(np.percentile(times, q)) * 1e3 for q in (50, 95, 99)} for name, times in seen.items()}
+    told = {}
+    for name, times in seen.items():
+        told[name] = {f"p{q}": float(np.percentile(times, q)) * 1e3 for q in (50, 95, 99)}
+        if name in proxies:
+            told[name]["cpu"] = cpu_s[name] / len(times) * 1e3
+    return told
 
 
-def soak(proxy: Proxy, requests: int) -> dict[str, float]:
-    """Memory and file descriptors from a tenth of the requests to the end."""
-    uvloop.run(closed_loop(proxy.port, False, requests // 10, 64))
-    early, early_fds = proxy.rss(), proxy.process.num_fds()
-    uvloop.run(closed_loop(proxy.port, False, requests - requests // 10, 64))
-    time.sleep(1.0)
+def added(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What each way adds to the direct one, and its CPU."""
+    direct = found["direct"]
     return {
-        "rss_growth": proxy.rss() / early - 1.0,
-        "rss_mib": proxy.rss() / 2**20,
-        "fds_growth": float(proxy.process.num_fds() - early_fds),
-        "soak_requests": float(requests),
+        name: {key: round(value - direct.get(key, 0.0), 3) for key, value in values.items()}
+        for name, values in found.items()
+        if name != "direct"
+    }
+
+
+def open_files(proxy: Proxy) -> int:
+    """File descriptors of a proxy at rest: it sees that clients have left a moment after they did."""
+    seen = []
+    for _ in range(10):
+        seen.append(proxy.process.num_fds())
+        time.sleep(0.02)
+    return min(seen)
+
+
+def soak(proxy: Proxy, requests: int) -> dict[str, object]:
+    """Memory and file descriptors from a tenth of the requests to the end, or to an interruption."""
+    samples: list[tuple[int, float, int]] = []
+    step, done = max(1, requests // 50), 0
+    started_s = time.monotonic()
+    try:
+        while done < requests:
+            uvloop.run(closed_loop(proxy.port, False, step, 64))
+            done += step
+            samples.append((done, proxy.rss() / 2**20, open_files(proxy)))
+            if sys.stderr.isatty() or done % (5 * step) == 0:
+                rps = done / (time.monotonic() - started_s)
+                sys.stderr.write(
+                    f"soak: {done} of {requests} requests, {samples[-1][1]:.1f} MiB,"
+                    f" {samples[-1][2]} file descriptors, {rps:.0f} a second\n"
+                )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+    if not samples:
+        return {"soak_requests": 0}
+    early = next(sample for sample in samples if sample[0] >= samples[-1][0] / 10)
+    return {
+        "rss_growth": round(samples[-1][1] / early[1] - 1.0, 4),
+        "rss_mib": round(samples[-1][1], 1),
+        "rss_mib_early": round(early[1], 1),
+        "fds_growth": samples[-1][2] - early[2],
+        "soak_requests": samples[-1][0],
     }
 
 
@@ -240,6 +295,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--soak", type=int, help="short requests over which memory is watched")
+    parser.add_argument("--long", action="store_true", help=f"the same as --soak {LONG}")
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--only", nargs="*", default=["ours", *RIVALS], choices=["ours", *RIVALS])
     parser.add_argument("--quick", action="store_true", help="to see that it works: figures mean nothing")
     arguments = parser.parse_args()
@@ -256,7 +313,7 @@ def main() -> None:
             name: stack.enter_context(proxy(name, f"http://127.0.0.1:{mock_port}", folder / name)) for name in names
         }
         cost: dict[str, dict[str, list[float]]] = {name: {"unary": [], "stream": []} for name in names}
-        for number in range(-1, rounds):
+        for number in range(-1, rounds if "cpu" in arguments.parts else 0):
             for name in names if number % 2 == 0 else reversed(names):
                 for kind in ("unary", "stream"):
                     took = cpu_ms(proxies[name], kind == "stream", QUICK if number < 0 else size)
@@ -265,24 +322,27 @@ def main() -> None:
                         sys.stderr.write(f"round {number}: {name} {kind} {took:.3f} ms of CPU a request\n")
         result: dict[str, object] = {}
         for kind in ("unary", "stream"):
-            if "router" in cost and "ours" in cost:
+            if "cpu" in arguments.parts and "router" in cost and "ours" in cost:
                 ratios = [a / b for a, b in zip(cost["ours"][kind], cost["router"][kind], strict=True)]
                 result[f"cpu_ratio_{kind}"] = round(statistics.median(ratios), 3)
         result["cpu_ms"] = {
             name: {kind: round(statistics.median(values), 4) for kind, values in kinds.items()}
             for name, kinds in cost.items()
+            if kinds["unary"]
         }
-        if "ours" in proxies:
+        if "ours" in proxies and "latency" in arguments.parts:
             ports = {"direct": mock_port, **{name: one.port for name, one in proxies.items() if name not in SLOW}}
-            found = latency(ports, size)
-            for q in ("p50", "p99"):
-                result[f"added_{q}_ms"] = round(found["ours"][q] - found["direct"][q], 3)
-                if "router" in found:
-                    result[f"router_added_{q}_ms"] = round(found["router"][q] - found["direct"][q], 3)
-            result["latency_ms"] = {name: {q: round(value, 3) for q, value in qs.items()} for name, qs in found.items()}
-            result |= {
-                key: round(value, 4) for key, value in soak(proxies["ours"], arguments.soak or size.soak).items()
-            }
+            by_rate = {}
+            for rps in RATES:
+                by_rate[f"{rps:g}"] = found = added(latency(ports, proxies, size, rps))
+                sys.stderr.write(f"{rps:g} a second: {json.dumps(found)}\n")
+            key = by_rate[f"{KEY_RATE:g}"]
+            for name, prefix in (("ours", ""), ("router", "router_")):
+                if name in key:
+                    result |= {f"{prefix}added_{q}_ms": key[name][q] for q in ("p50", "p99")}
+            result["added_ms"] = by_rate
+        if "ours" in proxies and "soak" in arguments.parts:
+            result |= soak(proxies["ours"], LONG if arguments.long else arguments.soak or size.soak)
     print(json.dumps(result))
 
 

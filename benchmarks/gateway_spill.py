@@ -9,8 +9,10 @@ spills
 from the policy; shed, failed and cut requests are misses. The last line is one JSON object.
 
 The oracle is the bound of `gateway_spill_oracle`: it pays for every request that the pool cannot attain, so that a
-policy
-that misses some may pay less. The baseline spills while the engines' waiting count, 3 s old, is above a threshold, the
+policy that misses some may pay less. `reached` is what a clairvoyant search found (`gateway_spill_reach`), starting
+from
+the policy's own choice: the least that can be paid lies between the two. The baseline spills while the engines'
+waiting count, 3 s old, is above a threshold, the
 best of many in hindsight: the cheapest whose attainment is no lower than the policy's, or, where none attains as
 much, the
 one that attains most. P(miss) is judged against what would have become of every request on the own pool
@@ -33,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gateway_spill_oracle import Bound, bound
+from benchmarks.gateway_spill_reach import reach
 from benchmarks.gateway_spill_twin import judged
 from moe_core.spill import Action, Decision, Reason, SpillContext, Thresholds
 from moe_planner.sim.policy import Policy
@@ -53,6 +56,7 @@ QUEUE_THRESHOLDS = (0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)
 BOOTSTRAPS = 1000
 BLOCK_S = 60.0
 QUICK_S = 600.0
+MONEY_LEAST = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +162,9 @@ def run(found: Scaled, gateways: int = GATEWAYS, policy: Policy | None = None) -
     threshold, best = baseline(world, scenario, result.attainment)
     low, high = interval(scenario.workload.at_s, best.usd - result.usd)
     tokens = scenario.workload.input_tokens + scenario.workload.output_tokens
-    ratio = result.api_usd / oracle.usd if oracle.usd > 0.01 else math.nan
+    ratio = result.api_usd / oracle.usd if oracle.usd > MONEY_LEAST else math.nan
+    start = (result.outcome == Outcome.API) | ~result.attained
+    reached = reach(scenario.workload, scenario.world, scenario.seed, start)
     return {
         "scale": found.scale,
         "requests": len(scenario.workload),
@@ -166,6 +172,9 @@ def run(found: Scaled, gateways: int = GATEWAYS, policy: Policy | None = None) -
         "api_usd": _figure(result.api_usd),
         "oracle_usd": _figure(oracle.usd),
         "spend_over_oracle": _figure(ratio),
+        "reached_usd": _figure(reached.usd),
+        "reached_attainment": _figure(reached.attainment),
+        "spend_over_reached": _figure(result.api_usd / reached.usd if reached.usd > MONEY_LEAST else math.nan),
         "oracle_spilled_tokens": _figure(oracle.spilled_tokens_share),
         "spilled_tokens": _figure(float(tokens[result.outcome == 1].sum() / tokens.sum())),
         "queue_threshold": threshold,

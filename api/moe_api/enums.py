@@ -105,11 +105,35 @@ class Egress(StrEnum):
     NEVER = "Never"
 
 
+class MidStream(StrEnum):
+    """What becomes of a stream that breaks after its first token."""
+
+    OFF = "Off"
+    CONTINUE = "Continue"
+    SPLICE = "Splice"
+
+
 class FallbackRight(StrEnum):
     """Whether a tier's requests may spill."""
 
     ALLOWED = "Allowed"
     NEVER = "Never"
+
+
+class FallbackMode(StrEnum):
+    """Whether what the spill policy decides is done."""
+
+    ACTIVE = "Active"
+    SHADOW = "Shadow"
+
+
+class SessionKey(StrEnum):
+    """What tells that requests belong to one session."""
+
+    HEADER = "Header"
+    PROMPT_CACHE_KEY = "PromptCacheKey"
+    USER = "User"
+    PROMPT_HEAD = "PromptHead"
 
 
 class TuningMode(StrEnum):

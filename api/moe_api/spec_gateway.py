@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moe_api.common import Annotations, SecretKeyRef, Subdomain, Text, Url
-from moe_api.enums import AuthMode, BudgetStoreKind, ExposureKind
-from moe_api.fields import Disruption, Rule, SpecModel, group, hot
+from moe_api.common import Annotations, Flag, SecretKeyRef, Subdomain, Text, Url
+from moe_api.enums import AuthMode, BudgetStoreKind, ExposureKind, SessionKey
+from moe_api.fields import Disruption, ListOf, Rule, SpecModel, group, hot
 
 
 class GatewayAuth(SpecModel):
@@ -102,13 +102,38 @@ class BudgetStore(SpecModel):
     )
 
 
+class GatewaySessions(SpecModel):
+    """Which requests belong together."""
+
+    by: Annotated[tuple[SessionKey, ...], ListOf(4, unique=True)] = hot(
+        "What tells a session, the first that a request has: Header (x-moestack-session), PromptCacheKey, User,"
+        " PromptHead (everything up to the first message of the user); none: no request belongs to another.",
+        (),
+    )
+
+
 class GatewaySpec(SpecModel):
     """The proxy in front of the engine and the closed APIs."""
 
     auth: GatewayAuth = group("How the gateway knows its tenants.", GatewayAuth())
     exposure: GatewayExposure = group("How clients reach the gateway.", GatewayExposure())
     replicas: GatewayReplicas = group("Bounds of the gateway's own autoscaling.", GatewayReplicas())
+    workers: Annotated[int, Field(strict=True, ge=1, le=64)] = hot(
+        "Processes of a pod, which share its port; each takes a CPU.", 1, unit="processes"
+    )
+    siblings_secret_ref: SecretKeyRef | None = group(
+        "Secret with a text that signs what pods tell one another; by default the network policy keeps others out.",
+        None,
+        disruption=Disruption.HOT,
+    )
     budget_store: BudgetStore = group("What keeps the fallback budget between gateway pods.", BudgetStore())
+    sessions: GatewaySessions = group(
+        "Which requests are kept at one revision, as far as the weights between revisions allow.", GatewaySessions()
+    )
+    record_decisions: Flag = hot(
+        "Each pod writes down its decisions and what they came from, for moectl replay: no prompt, at most 32 MiB.",
+        False,
+    )
 
     RULES = (
         Rule(

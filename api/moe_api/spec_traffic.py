@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import StringConstraints
 
 from moe_api.common import Count, ExpertsPerToken, Flag, Latency, Name, SecretKeyRef, Share, Text, Url, Usd
-from moe_api.enums import Egress, FallbackRight, Provider
+from moe_api.enums import Egress, FallbackMode, FallbackRight, MidStream, Provider
 from moe_api.fields import Disruption, ListOf, Rule, SpecModel, group, hot
 from moe_api.scalars import Duration
 
@@ -113,12 +113,27 @@ class FallbackTrigger(SpecModel):
     share_cap: Share = hot("Largest share of requests that may spill.", Decimal(1), unit="share of requests")
 
 
+class TenantBudget(SpecModel):
+    """What one tenant may spend of the budget."""
+
+    name: Tenant = hot("The tenant, as the gateway's authentication names it.")
+    usd_per_day: Usd = hot("Dollars a day (UTC).", unit="USD")
+
+
 class FallbackBudget(SpecModel):
     """What spilling may cost. Never passed, on any gateway."""
 
     usd_per_day: Usd | None = hot("Dollars a day (UTC).", None, unit="USD")
     usd_per_month: Usd | None = hot(
         "Dollars a calendar month (UTC); by default no bound but the day's.", None, unit="USD"
+    )
+    tenant_usd_per_day: Usd | None = hot(
+        "Dollars a day (UTC) of each tenant that `tenants` does not name; by default no bound but the deployment's.",
+        None,
+        unit="USD",
+    )
+    tenants: Annotated[tuple[TenantBudget, ...], ListOf(64, key="name")] | None = group(
+        "Tenants with a bound of their own.", None
     )
 
     RULES = (
@@ -165,12 +180,21 @@ def _usable(fallback: FallbackSpec) -> bool:
 class FallbackSpec(SpecModel):
     """Closed APIs that take what the SLO cannot wait for."""
 
+    mode: FallbackMode = hot(
+        "Active, or Shadow: what would be spilled, and at what cost, is counted and logged; nothing leaves or is held.",
+        FallbackMode.ACTIVE,
+    )
     targets: Annotated[tuple[FallbackTarget, ...], ListOf(8, key="name")] = group(
         "Targets; the cheapest that may be used is taken.", ()
     )
     trigger: FallbackTrigger = group("When a request spills.", FallbackTrigger())
     budget: FallbackBudget = group("What spilling may cost.", FallbackBudget())
     data_policy: DataPolicy = group("Which data may leave.", DataPolicy())
+    mid_stream: MidStream = hot(
+        "A stream that breaks after its first token ends with an error (Off), is continued by an own revision"
+        " (Continue), or by a target where no revision can (Splice).",
+        MidStream.OFF,
+    )
 
     RULES = (
         Rule(

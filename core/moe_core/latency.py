@@ -1,17 +1,17 @@
 """What an upstream's latency has been, decayed and robust: the measured half of the spill decision.
 
-TTFT is modelled as base + work·(token + crowd·running), where work is the prompt tokens ahead of a request and its
-own, and
-running the sequences that decode beside them (each step gives them time and tokens first), plus a wait for a free place
-in the batch. The plane is fitted by decayed least squares with a ridge towards a prior slope, so that it is defined
-from
-the first observation on; outliers are clipped before they enter.
+TTFT is modelled as base + work·(token + crowd·running), where work is the prompt tokens ahead of a request and its own,
+and running the sequences that decode beside them (each step gives them time and tokens first), plus a wait for a free
+place in the batch. The plane is fitted by decayed least squares with a ridge towards a prior slope, so that it is
+defined from the first observation on; outliers are clipped before they enter.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from moe_core.steps import ENDS_MOST, RATE_S, UNSEEN, StepEstimate, observe_end, observe_steps
 
 DECAY_S = 60.0
 """Time constant: an observation counts 1/e after this."""
@@ -25,20 +25,16 @@ _RIDGE = 2.0 * 500.0**2  # two observations, 500 tokens apart from the mean
 _BASE_MIN_S = 0.001
 _SIGMA_PRIOR = 0.4
 _SIGMA_MIN = 0.05
-_ITL_SIGMA_PRIOR = 0.2
-_ITL_RIDGE = 100.0
-ITL_WEIGHT_MAX = 100.0
-"""Finished requests that the ITL's line is drawn from, about."""
 SLOW_FLOOR = 0.1
 SLOW_PRIOR = 1.0
 """Requests by which told and seen probabilities of a slow ITL are one before the first observation."""
 SHIFT_S = 0.1
 """Errors are relative to the prediction plus this: a step's length more or less says nothing of a TTFT of 10 ms."""
-SURE_S = 0.5
-"""Scale at which a prediction begins to count for the spread: short waits scatter by a step, long ones hardly."""
+SURE_S, SURE_POWER = 0.5, 4.0
+"""Where and how fast a prediction begins to count for the spread: short waits scatter by a step, long ones hardly."""
 CROWD = 100.0
 """Unit of the sequences that decode, so that sums of both regressors are of one size."""
-_SIGMA_PRIOR_WEIGHT = 1.0
+_SIGMA_PRIOR_WEIGHT = 0.2
 _MEAN_TO_SIGMA = math.sqrt(math.pi / 2)  # mean absolute deviation → standard deviation, normal law
 
 
@@ -58,12 +54,9 @@ class LatencyEstimate:
     sum_zz: float = 0.0
     sum_xz: float = 0.0
     sum_zy: float = 0.0
-    itl_weight: float = 0.0
-    itl_sum_n: float = 0.0
-    itl_sum_nn: float = 0.0
-    itl_sum_y: float = 0.0
-    itl_sum_ny: float = 0.0
-    itl_sum_error: float = 0.0
+    steps: StepEstimate = UNSEEN
+    prompt_rate: float = 0.0
+    """Prompt tokens done a second, over the last `RATE_S`, as of `at_s`."""
     slow_told: float = SLOW_PRIOR
     slow_seen: float = SLOW_PRIOR
     crowd_s: float = 0.0
@@ -126,6 +119,67 @@ def predict_ttft_s(
     return base + (slope + estimate.crowd_s * running / CROWD) * max(0.0, work_tokens) + max(0.0, slot_wait_s)
 
 
+@dataclass(frozen=True, slots=True)
+class First:
+    """A first token: from what it was foreseen, and when it came."""
+
+    work_tokens: float
+    prompt_tokens: float
+    slot_wait_s: float
+    ttft_s: float
+    running: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that has ended, its mean ITL and what was foreseen of it."""
+
+    itl_s: float | None
+    output_tokens: int
+    foreseen_s: float = 0.0
+    """The ITL that was foreseen of it, 0 where it was not."""
+    p_slow: float = 0.0
+    itl_slo_s: float | None = None
+    """The promise that `p_slow` is about; None: the deployment's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the streams of the last second showed of a replica: the mean gap between tokens, the sequences that decoded,
+    and the prompt tokens done in a step."""
+
+    itl_s: float
+    running: float
+    prompt_tokens: float
+
+
+def learned(estimate: LatencyEstimate, seen: First | Ended | Look, now_s: float, itl_slo_s: float) -> LatencyEstimate:
+    """An estimate after a measurement, one's own or another worker's. `now_s`: monotonic seconds."""
+    if isinstance(seen, First):
+        return observe_ttft(
+            estimate,
+            now_s,
+            work_tokens=seen.work_tokens,
+            prompt_tokens=seen.prompt_tokens,
+            slot_wait_s=seen.slot_wait_s,
+            ttft_s=seen.ttft_s,
+            running=seen.running,
+        )
+    if isinstance(seen, Look):
+        steps = observe_steps(
+            estimate.steps, now_s, itl_s=seen.itl_s, running=seen.running, prompt_tokens=seen.prompt_tokens
+        )
+        return replace(estimate, steps=steps)
+    return observe_decode(
+        estimate,
+        itl_s=seen.itl_s,
+        output_tokens=seen.output_tokens,
+        foreseen_s=seen.foreseen_s,
+        p_slow=seen.p_slow,
+        slow=seen.itl_s is not None and seen.itl_s > (itl_slo_s if seen.itl_slo_s is None else seen.itl_slo_s),
+    )
+
+
 def observe_ttft(
     estimate: LatencyEstimate,
     now_s: float,
@@ -140,13 +194,13 @@ def observe_ttft(
     from."""
     predicted = predict_ttft_s(estimate, work_tokens, slot_wait_s, running)
     log_error = min(abs(math.log((max(ttft_s, 1e-4) + SHIFT_S) / (predicted + SHIFT_S))), math.log(CLIP))
-    sure = (predicted / (predicted + SURE_S)) ** 2  # what matters is how sure long waits are
+    sure = (predicted / (predicted + SURE_S)) ** SURE_POWER  # what matters is how sure long waits are
     robust = ttft_s if estimate.weight < 3 else min(max(ttft_s, predicted / CLIP), predicted * CLIP)
     y = max(_BASE_MIN_S, robust - slot_wait_s)
     z = work_tokens * running / CROWD
     keep = _keep(estimate, now_s)
-    share = 0.1
     weight = estimate.weight * keep + 1.0
+    share = max(0.02, 1.0 / weight)
     sum_x, sum_y, sum_z = estimate.sum_x * keep + work_tokens, estimate.sum_y * keep + y, estimate.sum_z * keep + z
     sum_xx, sum_xy = estimate.sum_xx * keep + work_tokens**2, estimate.sum_xy * keep + work_tokens * y
     sum_zz, sum_zy = estimate.sum_zz * keep + z * z, estimate.sum_zy * keep + z * y
@@ -174,12 +228,8 @@ def observe_ttft(
         sum_zz,
         sum_xz,
         sum_zy,
-        estimate.itl_weight,
-        estimate.itl_sum_n,
-        estimate.itl_sum_nn,
-        estimate.itl_sum_y,
-        estimate.itl_sum_ny,
-        estimate.itl_sum_error,
+        estimate.steps,
+        estimate.prompt_rate * math.exp(-max(0.0, now_s - estimate.at_s) / RATE_S) + prompt_tokens / RATE_S,
         estimate.slow_told,
         estimate.slow_seen,
         crowd,
@@ -196,34 +246,26 @@ def observe_decode(
     *,
     itl_s: float | None,
     output_tokens: int,
-    running: float = 0.0,
+    foreseen_s: float = 0.0,
     p_slow: float = 0.0,
     slow: bool = False,
 ) -> LatencyEstimate:
-    """Learn from one finished request: its mean ITL (None where it has no two tokens), its output, how many sequences
-    decoded beside it when it was sent, the P(ITL > SLO) of its line (`Forecast.p_slow`) and whether it came true."""
-    share = 0.1
-    itl = estimate.itl_s
-    weight, sum_n, sum_nn = estimate.itl_weight, estimate.itl_sum_n, estimate.itl_sum_nn
+    """Learn from one finished request: its mean ITL (None where it has no two tokens), its output, and where its ITL
+    was foreseen (0: it was not) the forecast's own error, its P(ITL > SLO) (`Forecast.p_slow`), whether it came true.
+    """
+    itl, steps = estimate.itl_s, estimate.steps
     told, seen = estimate.slow_told, estimate.slow_seen
-    sum_y, sum_ny, sum_error = estimate.itl_sum_y, estimate.itl_sum_ny, estimate.itl_sum_error
     if itl_s is not None and itl_s > 0:
-        itl += share * (min(itl_s, CLIP * itl) - itl)
-        if weight > 0:
-            predicted = predict_itl_s(estimate, running)
-            error = min(abs(math.log(itl_s / predicted)), math.log(CLIP))
-            itl_s = min(max(itl_s, predicted / CLIP), predicted * CLIP)
-        else:
-            error = 0.0
-        keep = 1.0 - 1.0 / ITL_WEIGHT_MAX
-        weight = weight * keep + 1.0
-        sum_n, sum_nn = sum_n * keep + running, sum_nn * keep + running * running
-        sum_y, sum_ny = sum_y * keep + itl_s, sum_ny * keep + running * itl_s
-        sum_error = sum_error * keep + error
-        told = told * keep + p_slow + SLOW_PRIOR * (1.0 - keep)
-        seen = seen * keep + slow + SLOW_FLOOR * SLOW_PRIOR * (1.0 - keep)
-    tokens = estimate.output_tokens + share * (output_tokens - estimate.output_tokens)
-    return LatencyEstimate(
+        itl += 0.1 * (min(itl_s, CLIP * itl) - itl)
+        if steps.sum_n <= 0:  # no stream was ever looked at: those that ended stand for it
+            steps = observe_steps(steps, estimate.at_s, itl_s=itl_s, running=0.0, prompt_tokens=0.0)
+        if foreseen_s > 0:
+            steps = observe_end(steps, itl_s=itl_s, foreseen_s=foreseen_s)
+            keep = 1.0 - 1.0 / ENDS_MOST
+            told = told * keep + p_slow + SLOW_PRIOR * (1.0 - keep)
+            seen = seen * keep + slow + SLOW_FLOOR * SLOW_PRIOR * (1.0 - keep)
+    tokens = estimate.output_tokens + 0.05 * (output_tokens - estimate.output_tokens)
+    return LatencyEstimate(  # built by hand, as above
         estimate.at_s,
         estimate.weight,
         estimate.sum_x,
@@ -236,12 +278,8 @@ def observe_decode(
         estimate.sum_zz,
         estimate.sum_xz,
         estimate.sum_zy,
-        weight,
-        sum_n,
-        sum_nn,
-        sum_y,
-        sum_ny,
-        sum_error,
+        steps,
+        estimate.prompt_rate,
         told,
         seen,
         estimate.crowd_s,
@@ -251,28 +289,6 @@ def observe_decode(
         tokens,
         estimate.prompt_tokens,
     )
-
-
-def predict_itl_s(estimate: LatencyEstimate, running: float) -> float:
-    """Mean ITL of a request that is sent while so many sequences decode. Never falls as they grow.
-
-    By Little's law the sequences that decode are the tokens asked for a second times the ITL, so that their number
-    tells
-    how long steps have been, and it tells sooner than finished requests do.
-    """
-    weight = estimate.itl_weight
-    if weight <= 0:
-        return estimate.itl_s
-    mean_n, mean_y = estimate.itl_sum_n / weight, estimate.itl_sum_y / weight
-    variance = max(0.0, estimate.itl_sum_nn - weight * mean_n**2) + _ITL_RIDGE
-    slope = max(0.0, (estimate.itl_sum_ny - weight * mean_n * mean_y) / variance)
-    return max(mean_y / CLIP, mean_y + slope * (running - mean_n))
-
-
-def itl_sigma(estimate: LatencyEstimate) -> float:
-    """Standard deviation of ln(ITL) around the prediction."""
-    total = estimate.itl_sum_error + _SIGMA_PRIOR_WEIGHT * _ITL_SIGMA_PRIOR / _MEAN_TO_SIGMA
-    return max(_SIGMA_MIN, _MEAN_TO_SIGMA * total / (estimate.itl_weight + _SIGMA_PRIOR_WEIGHT))
 
 
 def _keep(estimate: LatencyEstimate, now_s: float) -> float:

@@ -139,9 +139,44 @@ GATEWAY_RETRIES = _counter(
     (*_GATEWAY, "result"),
     "Attempts beyond a request's first: result=sent, or refused by the retry budget",
 )
+GATEWAY_BROKEN = _counter(
+    "moestack_gateway_broken_streams_total",
+    (*_GATEWAY, "how", "why"),
+    "Decisions on streams that broke at a target after their first token: how=continue, splice or stop, and why",
+)
 GATEWAY_PROMPT_TOKENS = _counter("moestack_gateway_prompt_tokens_total", _GATEWAY, "Prompt tokens")
 GATEWAY_OUTPUT_TOKENS = _counter("moestack_gateway_output_tokens_total", _GATEWAY, "Output tokens")
 GATEWAY_SPEND = _counter("moestack_gateway_spend_usd_total", _GATEWAY, "Dollars owed to closed APIs")
+GATEWAY_FORECASTS = _counter(
+    "moestack_gateway_forecasts_total",
+    (*_GATEWAY, "bin", "result"),
+    "Requests by the P(miss) foretold (bin: its lower end) and what came true: result=met, missed, spilled or unknown",
+)
+GATEWAY_FORECAST_PROBABILITY = _counter(
+    "moestack_gateway_forecast_probability_total",
+    (*_GATEWAY, "bin"),
+    "Sum of the P(miss) foretold of those met or missed: over their number, where the bin's mean lies",
+)
+GATEWAY_FORECAST_SQUARED = _counter(
+    "moestack_gateway_forecast_squared_error_total",
+    _GATEWAY,
+    "Sum of (P(miss) - missed)^2 of those met or missed: over their number, the Brier score",
+)
+GATEWAY_FORECAST_BRIER = _gauge(
+    "moestack_gateway_forecast_brier_score",
+    _GATEWAY,
+    "Brier score of P(miss) over the last minutes, of streams answered by a revision; spilled ones are not in it",
+)
+GATEWAY_SHADOW_SPILLED = _counter(
+    "moestack_gateway_shadow_spilled_requests_total",
+    (*_GATEWAY, "reason"),
+    "Requests that shadow mode kept and an active gateway would have sent to a closed API",
+)
+GATEWAY_SHADOW_SPEND = _counter(
+    "moestack_gateway_shadow_spend_usd_total",
+    _GATEWAY,
+    "What those would have cost there, by the tokens of the own model",
+)
 LOCAL_RENT = _counter(
     "moestack_gateway_local_rent_usd_total",
     (*_GATEWAY, "phase"),
@@ -153,7 +188,9 @@ GATEWAY_EGRESS = _counter(
     "Attempts at a closed API by its region and the deployment's policy: result=sent, or refused at the last moment",
 )
 GATEWAY_SLO = _counter(
-    "moestack_gateway_slo_requests_total", ("deployment", "result"), "Finished requests: result=met or missed"
+    "moestack_gateway_slo_requests_total",
+    ("deployment", "tier", "result"),
+    "Finished requests by their tier's SLO: result=met or missed",
 )
 GATEWAY_KNOBS_VERSION = _gauge("moestack_gateway_knobs_version", ("deployment",), "Version of the knobs in force")
 GATEWAY_WEIGHTS_VERSION = _gauge("moestack_gateway_weights_version", ("deployment",), "Version of the weights in force")

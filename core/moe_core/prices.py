@@ -61,14 +61,15 @@ class Price:
     source: str = ""
     dated: str = ""
 
-    @property
+    @functools.cached_property  # asked three times for each request
     def free(self) -> bool:
-        return not any(tier.input_usd_per_m or tier.output_usd_per_m for tier in self._rates())
+        return not any(tier.input_usd_per_m or tier.output_usd_per_m for tier in self._rates)
 
     def rates(self, prompt_tokens: int) -> PriceTier:
         """The tier of a call: the highest whose threshold its prompt passes; all of its tokens pay that."""
-        return [tier for tier in self._rates() if prompt_tokens > tier.above_prompt_tokens][-1]
+        return [tier for tier in self._rates if prompt_tokens > tier.above_prompt_tokens][-1]
 
+    @functools.cached_property
     def _rates(self) -> tuple[PriceTier, ...]:
         base = PriceTier(-1, self.input_usd_per_m, self.output_usd_per_m, self.cached_input_usd_per_m)
         return (base, *sorted(self.tiers, key=lambda tier: tier.above_prompt_tokens))
@@ -89,7 +90,7 @@ def cost_usd(prompt_tokens: int, output_tokens: int, price: Price, cached_tokens
 
 def most_usd(prompt_bound: int, output_bound: int, price: Price) -> Decimal:
     """The most that a call can cost with at most so many tokens: at the dearest tier within reach, nothing cached."""
-    reached = [tier for tier in price._rates() if prompt_bound > tier.above_prompt_tokens]
+    reached = [tier for tier in price._rates if prompt_bound > tier.above_prompt_tokens]
     dear_input = max(max(tier.input_usd_per_m, tier.cached_input_usd_per_m or Decimal(0)) for tier in reached)
     dear_output = max(tier.output_usd_per_m for tier in reached)
     return pico(prompt_bound * dear_input + output_bound * dear_output, per=10**6) / PICO

@@ -34,8 +34,12 @@ def faded(budget: RetryBudget, now_s: float) -> RetryBudget:
 
 def on_sent(budget: RetryBudget, now_s: float, *, retry: bool) -> RetryBudget:
     """An attempt was sent: a request's first, or a later one."""
-    now = faded(budget, now_s)
-    return replace(now, retries=now.retries + 1) if retry else replace(now, requests=now.requests + 1)
+    left, at_s = 1.0, budget.at_s
+    if now_s > at_s:
+        left, at_s = math.exp((at_s - now_s) / WINDOW_S), now_s
+    # Built by hand: `replace` costs three times as much, and this runs twice for every request.
+    first, later = (0.0, 1.0) if retry else (1.0, 0.0)
+    return RetryBudget(budget.requests * left + first, budget.retries * left + later, budget.failures * left, at_s)
 
 
 def on_failure(budget: RetryBudget, now_s: float) -> RetryBudget:

@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import ValidationError
 
-from moe_core.wire import Knobs, Signed, Weights
+from moe_core.wire import Knobs, Signed, TuningOrders, Weights
 
-Command = Knobs | Weights
-C = TypeVar("C", Knobs, Weights)
+Command = Knobs | Weights | TuningOrders
+C = TypeVar("C", Knobs, Weights, TuningOrders)
 
 
 class SignatureRefused(Exception):
@@ -61,12 +61,15 @@ class Signer:
 
     def save(self, path: Path) -> None:
         """Write the private key as PEM, readable by its owner alone."""
-        pem = self._private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self.private_pem())
+
+    def private_pem(self) -> str:
+        """The private key as PEM (PKCS 8, not encrypted): for a Secret or a file, never for a log."""
+        return self._private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ).decode()
 
     def public_pem(self) -> str:
         return (

@@ -10,11 +10,14 @@ spills or is refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from enum import StrEnum
 
-from moe_core.latency import SHIFT_S, UNKNOWN, LatencyEstimate, itl_sigma, predict_itl_s, predict_ttft_s
+from moe_core.latency import SHIFT_S, UNKNOWN, LatencyEstimate, predict_ttft_s
+from moe_core.sessions import SESSION_SLACK, belonging
+from moe_core.steps import LIFE_LEAST_S, LIFE_MOST_S, RATE_S, predict_itl_s
 
 SHARE_WINDOW_S = 60.0
 """Time constant of the counts behind the share cap."""
@@ -28,6 +31,19 @@ REPORT_FRESH_S = 2.5
 REPORT_USELESS_S = 10.0
 NO_WEIGHT_RETRY_S = 10.0
 """With no weight on any revision, an upgrade is under way: that takes minutes, not seconds."""
+HOLD_MOST = 0.6
+"""Above this P(miss) waiting rarely changes the decision."""
+HOLD_Z = 2.33
+"""Standard deviations of ln TTFT that a target keeps in hand while a request is held: late in one of a hundred."""
+HOLD_LEAST_S = 0.05
+CROWDING = 4.0
+"""Requests by which a P(ITL > SLO) counts: a step that is too long is too long for all that decode."""
+LIFE_SHARE = 0.3
+"""Of a mean request's time in decode: over this the prompts that wait now are taken to be done. Short answers feel them
+most, and miss first."""
+WORTH_POWER = 4.0
+WORTH_MOST = 8.0
+"""Relief for a dollar to this power, and within this factor, moves the odds at which a request spills."""
 _SIGMA_STALE = 0.5
 _KV_FULL = 0.97
 
@@ -38,6 +54,8 @@ class Action(StrEnum):
     LOCAL = "local"
     SPILL = "spill"
     SHED = "shed"
+    HOLD = "hold"
+    """It waits at the gateway: ask again at `Decision.until_s`, or when something ends."""
 
 
 class Reason(StrEnum):
@@ -45,6 +63,8 @@ class Reason(StrEnum):
 
     WITHIN_SLO = "within_slo"
     PROBE = "probe"
+    UNCERTAIN = "uncertain"
+    """Held: it may still be in time here, and would still be at a target later."""
     LATE = "late"
     """It will probably miss, and no target may take it."""
     SLO_PREDICTED = "slo_predicted"
@@ -53,6 +73,8 @@ class Reason(StrEnum):
     LOCAL_DOWN = "local_down"
     LOCAL_FAILED = "local_failed"
     LOCAL_OVERLOADED = "local_overloaded"
+    STREAM_BROKEN = "stream_broken"
+    """Its answer broke at a revision in mid-stream, and a target goes on with it."""
     OVERLOAD = "overload"
     UNAVAILABLE = "unavailable"
 
@@ -89,10 +111,22 @@ class EngineReport:
     foreign_running: int = 0
     foreign_waiting: int = 0
     replicas: int = 1
+    step_tokens: int = 0
+    """Tokens of one step at most, prompt and decode; 0 where nobody says."""
 
     def aged(self, by_s: float) -> EngineReport:
         """The same report, `by_s` seconds later."""
-        return replace(self, age_s=self.age_s + by_s)
+        return EngineReport(  # built by hand, as below
+            self.running,
+            self.waiting,
+            self.kv_usage,
+            self.active_limit,
+            self.age_s + by_s,
+            self.foreign_running,
+            self.foreign_waiting,
+            self.replicas,
+            self.step_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +151,18 @@ class RevisionView:
 
 @dataclass(frozen=True, slots=True)
 class TargetView:
-    """A closed API now. `cost_usd` is the most that this request can cost there, `expected_usd` what it likely does."""
+    """A closed API now.
+
+    `cost_usd` is the most that this request can cost there, `expected_usd` what it likely does, `typical_usd` what one
+    of mean length does: both are 0 where nobody knows.
+    """
 
     name: str
     available: bool = True
     cost_usd: Decimal = Decimal(0)
     estimate: LatencyEstimate = UNKNOWN
-    expected_usd: Decimal = Decimal(0)
+    expected_usd: float = 0.0
+    typical_usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +182,16 @@ class SpillContext:
     ttft_slo_s: float
     thresholds: Thresholds
     revisions: tuple[RevisionView, ...]
-    targets: tuple[TargetView, ...] = ()
+    targets: Sequence[TargetView] = ()
     budget_left_usd: Decimal | None = None
     elapsed_s: float = 0.0
     tried: frozenset[str] = frozenset()
     local_failure: Failure | None = None
     itl_slo_s: float = math.inf
+    session: str | None = None
+    """Key of the session that the request belongs to; None: it belongs to none."""
+    may_hold: bool = False
+    """Whether who asks can keep the request and ask again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +215,9 @@ class Forecast:
     slot_wait_s: float
     running: float = 0.0
     p_slow: float = 0.0
-    """P(ITL > SLO) by the line alone; `p_miss` has it by what came true of it."""
+    """P(ITL > SLO) by the law alone; `p_miss` has it by what came true of it."""
+    itl_s: float = 0.0
+    """The ITL foreseen, 0 where it cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +230,19 @@ class Decision:
     forecast: Forecast | None = None
     blocked: Blocked | None = None
     retry_after_s: int = 0
+    until_s: float = 0.0
+    """Of a request that is held: when to ask again at the latest, monotonic seconds."""
 
 
 def decide(context: SpillContext, state: SpillState) -> tuple[Decision, SpillState]:
     """Decide for one request, and the state that the next decision starts from."""
     if not any(r.weight > 0 for r in context.revisions):
         return _without_weights(context, state), state
-    state = _decayed(context, state)
+    before, state = state, _decayed(context, state)
     usable = _usable(context)
     if not usable:
         return _without_local(context, state)
-    chosen, credits = rotate(usable, dict(state.credits))
+    chosen, credits = rotate(usable, dict(state.credits), context.session)
     forecast = forecast_local(context, chosen)
     # Built by hand, here and in _decayed: `replace` costs three times as much, and this runs for every request.
     merged = _merge(state.credits, credits)
@@ -203,14 +250,24 @@ def decide(context: SpillContext, state: SpillState) -> tuple[Decision, SpillSta
     threshold = context.thresholds.miss_probability
     if threshold < 1.0 and chosen.name in state.spilling:  # 1 is never to spill by forecast, whatever was before
         threshold *= HYSTERESIS
-    if forecast.p_miss <= threshold:
+    risk = crowded = _risk(context, chosen, forecast)
+    # What it costs elsewhere is asked only where it can turn the choice: most requests never come near.
+    if 0.0 < risk < 1.0 and threshold < 1.0:
+        odds, limit = risk / (1.0 - risk), threshold / (1.0 - threshold)
+        if limit / WORTH_MOST < odds < limit * WORTH_MOST:
+            odds *= worth(context, chosen.estimate)
+            risk = odds / (1.0 + odds)
+    if risk <= threshold:
         if chosen.name in state.spilling:
             taken = replace(taken, spilling=state.spilling - {chosen.name})
         return Decision(Action.LOCAL, Reason.WITHIN_SLO, chosen.name, forecast), taken
     if _is_idle(chosen) and context.now_s - chosen.estimate.at_s >= PROBE_AFTER_S:
         return Decision(Action.LOCAL, Reason.PROBE, chosen.name, forecast), taken
-    target, blocked = _pick_target(context, state, forecast.p_miss)
+    target, blocked = _pick_target(context, state, crowded)
     if target is not None:
+        if (room_s := _room_s(context, target, forecast)) > 0.0:
+            held = Decision(Action.HOLD, Reason.UNCERTAIN, None, forecast, until_s=context.now_s + room_s)
+            return held, before  # as if it had not been asked: it counts when it is decided
         reason = _spill_reason(context.local_failure, Reason.SLO_PREDICTED)
         after = replace(_count_spill(context, state), spilling=state.spilling | {chosen.name})
         return Decision(Action.SPILL, reason, target.name, forecast), after
@@ -243,11 +300,59 @@ def forecast_local(context: SpillContext, revision: RevisionView) -> Forecast:
     sigma = math.hypot(estimate.sigma, _stale_sigma(report))
     left_s = context.ttft_slo_s - context.elapsed_s
     p_miss, p_slow = p_late(ttft_s, sigma, left_s), 0.0
-    if context.itl_slo_s < math.inf and estimate.itl_weight > 0:
-        p_slow = p_above(predict_itl_s(estimate, running), itl_sigma(estimate), context.itl_slo_s)
-        # A line's error has no tail like the law's where steps can last no longer: by what came true of what was told.
-        p_miss = 1.0 - (1.0 - p_miss) * (1.0 - p_slow * min(1.0, estimate.slow_seen / estimate.slow_told))
-    return Forecast(ttft_s, p_miss, work, slot_wait_s, running, p_slow)
+    itl_s, steps = 0.0, estimate.steps
+    if context.itl_slo_s < math.inf and steps.weight > 0:
+        life_s = min(LIFE_MOST_S, max(LIFE_LEAST_S, LIFE_SHARE * estimate.service_s))
+        recent = estimate.prompt_rate / replicas * math.exp(-max(0.0, context.now_s - estimate.at_s) / RATE_S)
+        room = float(report.step_tokens) if report is not None and report.step_tokens > 0 else math.inf
+        itl_s = predict_itl_s(steps, running, recent + max(0.0, work) / life_s, room)
+        p_slow = p_above(itl_s, steps.sigma, context.itl_slo_s)
+        p_miss = 1.0 - (1.0 - p_miss) * (1.0 - p_slow * slow_truth(estimate))
+    return Forecast(ttft_s, p_miss, work, slot_wait_s, running, p_slow, itl_s)
+
+
+def _room_s(context: SpillContext, target: TargetView, forecast: Forecast) -> float:
+    """How long a request may wait for a decision that knows more: while the target would still be in time, surely, and
+    it is not clear yet that the own replicas would not. 0 where it should not."""
+    if not context.may_hold or context.tried or context.local_failure is not None or forecast.p_miss > HOLD_MOST:
+        return 0.0
+    median_s = predict_ttft_s(target.estimate, context.prompt_tokens) + SHIFT_S
+    needed_s = median_s * math.exp(HOLD_Z * target.estimate.sigma) - SHIFT_S
+    room_s = context.ttft_slo_s - context.elapsed_s - needed_s
+    return room_s if room_s >= HOLD_LEAST_S else 0.0
+
+
+def worth(context: SpillContext, estimate: LatencyEstimate) -> float:
+    """Relief for a dollar if this request goes elsewhere, against that of one of mean length, as a factor on its odds.
+
+    Relief is the work that it takes off the replicas, prompt and decode; the dollars are those of the cheapest target.
+    """
+    cheapest = min((t for t in context.targets if t.expected_usd > 0), key=lambda t: t.expected_usd, default=None)
+    if cheapest is None or cheapest.typical_usd <= 0:
+        return 1.0
+    steps = estimate.steps
+    token_s = steps.token_s if steps.token_s > 0 else estimate.line[1]
+    decode_s = steps.seq_s * estimate.output_tokens
+    work_s, typical_s = token_s * context.prompt_tokens + decode_s, token_s * estimate.prompt_tokens + decode_s
+    if typical_s <= 0:
+        return 1.0
+    ratio = work_s / typical_s * cheapest.typical_usd / cheapest.expected_usd
+    return float(min(WORTH_MOST, max(1.0 / WORTH_MOST, ratio**WORTH_POWER)))
+
+
+def _risk(context: SpillContext, revision: RevisionView, forecast: Forecast) -> float:
+    """P(miss) as the choice weighs it: a slow step is slow for all that decode, so that one request's P(ITL > SLO)
+    counts for those that it slows as well."""
+    p_slow = min(1.0, forecast.p_slow * slow_truth(revision.estimate))
+    if p_slow <= 0.0:
+        return forecast.p_miss
+    return 1.0 - (1.0 - forecast.p_miss) / max(1e-9, 1.0 - p_slow) * max(0.0, 1.0 - CROWDING * p_slow)
+
+
+def slow_truth(estimate: LatencyEstimate) -> float:
+    """What came true of a told P(ITL > SLO), as a factor of at most 1: steps last no longer than a full one, and the
+    lognormal law knows no such end."""
+    return min(1.0, estimate.slow_seen / estimate.slow_told)
 
 
 def p_late(median_s: float, sigma: float, left_s: float) -> float:
@@ -262,14 +367,22 @@ def p_above(median_s: float, sigma: float, limit_s: float) -> float:
     return 0.5 * math.erfc((math.log(limit_s) - math.log(max(median_s, 1e-6))) / (sigma * math.sqrt(2.0)))
 
 
-def rotate(revisions: tuple[RevisionView, ...], credits: dict[str, int]) -> tuple[RevisionView, dict[str, int]]:
+def rotate(
+    revisions: tuple[RevisionView, ...], credits: dict[str, int], session: str | None = None
+) -> tuple[RevisionView, dict[str, int]]:
     """Smooth weighted round robin: in each run of Σ weights requests, every revision gets exactly its weight.
 
-    Ties go to the first. The credits of revisions that take part are returned; they sum to what they did before.
+    Ties go to the first. The credits of revisions that take part are returned; they sum to what they did before. A
+    request of a session goes where the session belongs, as long as no revision comes to be `SESSION_SLACK` requests
+    above its share; what sessions take too much, requests of other sessions and of none make up for.
     """
     after = {r.name: credits.get(r.name, 0) + r.weight for r in revisions}
+    total = sum(r.weight for r in revisions)
     chosen = max(revisions, key=lambda r: after[r.name])
-    after[chosen.name] -= sum(r.weight for r in revisions)
+    if session is not None:
+        order = belonging(session, [(r, r.name, r.weight) for r in revisions])
+        chosen = next((r for r in order if after[r.name] >= (1 - SESSION_SLACK) * total), chosen)
+    after[chosen.name] -= total
     return chosen, after
 
 
@@ -318,7 +431,7 @@ def _pick_target(
         return None, Blocked.NO_TARGET
     if capped and _over_share(context, state):
         return None, Blocked.SHARE_CAP
-    blocked = Blocked.TARGET_DOWN
+    blocked, able = Blocked.TARGET_DOWN, list[TargetView]()
     for target in context.targets:
         if target.name in context.tried or not target.available:
             continue
@@ -330,8 +443,22 @@ def _pick_target(
             if p_late(ttft_s, target.estimate.sigma, context.ttft_slo_s - context.elapsed_s) >= p_miss_local:
                 blocked = Blocked.NO_GAIN
                 continue
-        return target, None
-    return None, blocked
+        able.append(target)
+        if context.session is None:
+            break
+    return (_of_session(able, context.session), None) if able else (None, blocked)
+
+
+def _of_session(able: list[TargetView], session: str | None) -> TargetView:
+    """Of those that cost what the first does, the one that the session belongs to: its cached prompt may be there."""
+    first = able[0]
+    if session is None or len(able) == 1:
+        return first
+    return next(
+        target
+        for target in belonging(session, [(target, target.name, 1) for target in able])
+        if (target.cost_usd, target.expected_usd) == (first.cost_usd, first.expected_usd)
+    )
 
 
 def _over_share(context: SpillContext, state: SpillState) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_api.enums import FallbackRight
 from moe_api.spec import DEFAULT_TIER
-from moe_core.config import TierConfig
+from moe_core.config import SloConfig, TierConfig
 from moe_core.wire import ExpertKnobs, Overflow
 
 TIER_ARGUMENT = "moestack_tier"
@@ -50,6 +50,14 @@ def may_spill(tiers: Sequence[TierConfig], tier: str) -> bool:
     it was allowed."""
     named = next((each for each in tiers if each.name == tier), None)
     return tier == DEFAULT_TIER if named is None else named.fallback is not FallbackRight.NEVER
+
+
+def slo_of(tiers: Sequence[TierConfig], tier: str, common: SloConfig) -> SloConfig:
+    """What is promised to a request of this tier: its tier's own SLO where it has one, else the deployment's."""
+    for each in tiers:
+        if each.name == tier and each.slo is not None:
+            return each.slo
+    return common
 
 
 def experts_of(per_token: Mapping[str, int], tier: str | None) -> int:

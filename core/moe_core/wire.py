@@ -98,10 +98,21 @@ class Weights(Model):
     percent: Percent
 
 
+class TuningOrders(Model):
+    """What a person tells the tuner of one deployment, whole: a later version replaces an earlier one."""
+
+    deployment: str = Field(description="namespace/name")
+    version: int = Field(ge=1, description="monotonic; the tuner refuses a lower one")
+    paused: bool = Field(default=False, description="hold every knob where it is, beside what the resource says")
+    pins: dict[str, Decimal | None] = Field(
+        default_factory=dict, description="knob → value to hold it at; null: where it is now"
+    )
+
+
 class Signed(Model):
     """A command in an envelope: `payload` is the exact JSON text that was signed."""
 
-    kind: Literal["Knobs", "Weights"]
+    kind: Literal["Knobs", "Weights", "TuningOrders"]
     payload: str = Field(max_length=65536)
     key_id: str = Field(max_length=64)
     signature: str = Field(max_length=128, description="Ed25519 over kind, a newline and payload; base64")

@@ -10,18 +10,27 @@ import orjson
 import uvloop
 
 from moe_core import log
+from moe_gateway import supervisor, worker
 from moe_gateway.server import GatewayServer, run
 from moe_gateway.settings import ConfigRefused, load
+from moe_gateway.supervisor import Supervisor
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 after an orderly stop, 1 when a part died, 2 for a configuration that cannot be served."""
     parser = argparse.ArgumentParser(prog="moe_gateway", description=__doc__)
     parser.add_argument("--config", required=True, type=Path, help="GatewayConfig as JSON")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # by its parent alone
     arguments = parser.parse_args(argv)
     try:
+        if arguments.worker:
+            boot = worker.boot_line()
+            log.configure(boot.config.log_level)
+            return uvloop.run(worker.run(boot, arguments.config))
         loaded = load(arguments.config)
         log.configure(loaded.config.log_level)
+        if loaded.config.workers > 1:
+            return uvloop.run(supervisor.run(loaded, arguments.config, _announce))
         return uvloop.run(run(GatewayServer(loaded.config, file=arguments.config, file_hash=loaded.hash), _announce))
     except ConfigRefused as error:
         sys.stderr.write(f"{error}\n")
@@ -31,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _announce(server: GatewayServer) -> None:
+def _announce(server: GatewayServer | Supervisor) -> None:
     line = orjson.dumps({"ready": True, "port": server.port, "adminPort": server.admin_port})
     sys.stdout.write(line.decode() + "\n")
     sys.stdout.flush()

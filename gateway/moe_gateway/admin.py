@@ -42,6 +42,8 @@ class Admin:
         app.router.add_post("/v1/knobs", self.knobs)
         app.router.add_put("/v1/weights", self.weights)
         app.router.add_get("/v1/digest", self.digest)
+        app.router.add_get("/v1/window", self.window)
+        app.router.add_get("/v1/forecasts", self.forecasts)
         app.router.add_get("/metrics", self.metrics)
         costs_api.register(app, self._gateway)
         app.router.add_get("/healthz", self.healthz)
@@ -71,13 +73,17 @@ class Admin:
         return self._ack(weights.version)
 
     async def digest(self, request: web.Request) -> web.Response:
-        try:
-            window_s = float(request.query.get("window", WINDOW_S))
-        except ValueError:
-            window_s = 0.0
-        if not 0 < window_s <= WINDOW_MAX_S:
-            raise AdminError(422, f"window: must be above 0 and at most {WINDOW_MAX_S:g} seconds")
-        return _json(self._gateway.digest(window_s))
+        return _json(self._gateway.digest(_window_s(request)))
+
+    async def window(self, request: web.Request) -> web.Response:
+        """For the parent of a pod's workers."""
+        gateway, window_s = self._gateway, _window_s(request)
+        digest, now_s = gateway.digest(window_s), gateway.clock.monotonic()
+        return _json(gateway.telemetry.window(digest, now_s))
+
+    async def forecasts(self, _: web.Request) -> web.Response:
+        gateway = self._gateway
+        return _json(gateway.forecasts.report(gateway.name, gateway.shadow, shadowed=gateway.config.spill.shadow))
 
     async def metrics(self, _: web.Request) -> web.Response:
         body = self._gateway.telemetry.exposition()
@@ -110,6 +116,17 @@ class Admin:
         gateway = self._gateway
         ack = Ack(replica=gateway.name, rank=0, version=version, applied_at_s=gateway.clock.time())
         return _json(ack.model_copy(update={"unsupported": unsupported or None}))
+
+
+def _window_s(request: web.Request) -> float:
+    """Length of the window that is asked for. Raises AdminError."""
+    try:
+        window_s = float(request.query.get("window", WINDOW_S))
+    except ValueError:
+        window_s = 0.0
+    if not 0 < window_s <= WINDOW_MAX_S:
+        raise AdminError(422, f"window: must be above 0 and at most {WINDOW_MAX_S:g} seconds")
+    return window_s
 
 
 def _is_new(version: int, current: int, *, same: bool) -> bool:

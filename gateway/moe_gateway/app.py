@@ -1,22 +1,25 @@
-"""The client-facing ASGI application: paths, limits, request bodies, and the end that every request gets."""
+"""The client-facing application: paths, limits, request bodies, and the end that every request gets."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
+from functools import partial
 
 import orjson
 
 from moe_gateway import openapi
 from moe_gateway.call import Call, Outcome, Phase, Stop
 from moe_gateway.egress import HEADER as EGRESS_HEADER
+from moe_gateway.exchange import Exchange
 from moe_gateway.messages_in import parse_messages
 from moe_gateway.messages_out import MessagesResponder
 from moe_gateway.openai_api import ApiError, Endpoint, parse
 from moe_gateway.openapi import OPENAPI_PATH
 from moe_gateway.proxy import route
-from moe_gateway.responder import Message, Receive, Responder, Send
+from moe_gateway.responder import Responder
+from moe_gateway.sessions import session_of
 from moe_gateway.state import Gateway
 from moe_gateway.tiers import check_arguments, tier_from
 from moe_gateway.tracing import onward
@@ -45,30 +48,28 @@ class ClientGone(Exception):
 
 
 class App:
-    """ASGI 3 callable over one `Gateway`."""
+    """Answers exchanges from one `Gateway`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._created = int(gateway.clock.time())
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        headers: dict[bytes, bytes] = dict(scope["headers"])
+    async def __call__(self, exchange: Exchange) -> None:
+        headers = exchange.headers
         if EGRESS_HEADER in headers:  # The last of several would win, and widen what another one forbids.
-            headers[EGRESS_HEADER] = b";".join(value for name, value in scope["headers"] if name == EGRESS_HEADER)
+            headers[EGRESS_HEADER] = b";".join(value for name, value in exchange.fields if name == EGRESS_HEADER)
         given = headers.get(b"x-request-id", b"")
-        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        path: str = scope["path"]
-        out = (MessagesResponder if path.startswith(_MESSAGES) else Responder)(send, request_id)
+        request_id = given.decode() if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        path = exchange.path
+        out = (MessagesResponder if path.startswith(_MESSAGES) else Responder)(exchange, request_id)
         endpoint = _POST.get(path)
-        if endpoint is not None and scope["method"] == "POST":
-            await self._call(endpoint, headers, request_id, receive, out)
+        if endpoint is not None and exchange.method == "POST":
+            await self._call(endpoint, headers, request_id, exchange, out)
         elif path == _MODELS or path.startswith(_MODELS + "/"):
-            await self._models(scope["method"], path, headers, out)
+            await self._models(exchange.method, path, headers, out)
         elif endpoint is not None:
             await out.error(_wrong_method("POST"))
-        elif path == OPENAPI_PATH and scope["method"] == "GET":
+        elif path == OPENAPI_PATH and exchange.method == "GET":
             await out.whole(200, b"application/json", openapi.document(self._gateway.config.model))
         elif path == OPENAPI_PATH:
             await out.error(_wrong_method("GET"))
@@ -79,7 +80,7 @@ class App:
             await out.error(ApiError(404, f"unknown path {path[:200]}", code="unknown_url"))
 
     async def _call(
-        self, endpoint: Endpoint, headers: dict[bytes, bytes], request_id: str, receive: Receive, out: Responder
+        self, endpoint: Endpoint, headers: dict[bytes, bytes], request_id: str, exchange: Exchange, out: Responder
     ) -> None:
         task = asyncio.current_task()
         if task is None:
@@ -96,7 +97,7 @@ class App:
             call.tier = tier_from(self._gateway.config, headers, call.tenant)
             egress = headers.get(EGRESS_HEADER)
             call.egress = None if egress is None else egress.decode("latin-1")
-            await self._answer(endpoint, headers, receive, out, call)
+            await self._answer(endpoint, headers, exchange, out, call)
         except ClientGone:
             call.outcome = Outcome.CANCELLED
         except asyncio.CancelledError:
@@ -121,13 +122,13 @@ class App:
                 tracing.end(call.trace, call)
 
     async def _answer(
-        self, endpoint: Endpoint, headers: dict[bytes, bytes], receive: Receive, out: Responder, call: Call
+        self, endpoint: Endpoint, headers: dict[bytes, bytes], exchange: Exchange, out: Responder, call: Call
     ) -> None:
         gateway = self._gateway
         if gateway.draining:
             call.outcome = Outcome.SHED
             raise _stopping()
-        body = await self._body(headers, receive, call)
+        body = await self._body(headers, exchange, call)
         request = parse_messages(body) if endpoint is Endpoint.MESSAGES else parse(endpoint, body)
         if request.model != gateway.config.model:
             message = f"the model {request.model[:200]!r} does not exist; there is {gateway.config.model!r}"
@@ -135,10 +136,12 @@ class App:
         check_arguments(request, call.tier, ours=any(upstream.ours for upstream in gateway.fleet.revisions))
         gateway.access.charge(call, gateway.fleet.prompt_tokens(len(request.raw)) + (request.output_limit or 0), out)
         call.model, call.stream = request.model, request.stream
+        if gateway.config.sessions:
+            call.session = session_of(gateway.config.sessions, headers, request, call.tenant)
         if gateway.config.log_prompts:
             call.prompt = next((request.document[name] for name in PROMPTS if name in request.document), None)
         call.enter(Phase.DECIDING, gateway.clock.monotonic())
-        watch = asyncio.create_task(_watch(receive, call, out))
+        exchange.when_gone(partial(_left, call, out))
         try:
             await route(gateway, request, call, out, headers.get(b"x-moestack-explain") == b"1")
         except Rejected as rejected:
@@ -146,10 +149,8 @@ class App:
             kept = {name.lower(): value for name, value in rejected.headers.items()}
             kind = kept.pop("content-type", "application/json").encode()
             await out.whole(rejected.status, kind, rejected.body, [(n.encode(), v.encode()) for n, v in kept.items()])
-        finally:
-            watch.cancel()
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive, call: Call) -> bytes:
+    async def _body(self, headers: dict[bytes, bytes], exchange: Exchange, call: Call) -> bytes:
         """The whole request body. One that is too large is read on for a while, so that the answer gets through."""
         limit = self._gateway.config.limits.max_body_bytes
         declared = headers.get(b"content-length", b"")
@@ -159,10 +160,10 @@ class App:
         parts: list[bytes] = []
         size = 0
         while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
+            came = await exchange.body()
+            if came is None:
                 raise ClientGone
-            part: bytes = message.get("body", b"")
+            part, more = came
             size += len(part)
             if size > limit:
                 too_large = True
@@ -171,7 +172,7 @@ class App:
                 parts.append(part)
             if too_large and size > 2 * limit:
                 raise _too_large(limit)
-            if not message.get("more_body"):
+            if not more:
                 break
             # Each byte buys time, so that one now and then does not hold a place for ever.
             call.since_s = min(self._gateway.clock.monotonic(), call.arrived_s + size / BODY_BYTES_PER_S)
@@ -212,14 +213,10 @@ class App:
             await out.error(ApiError(404, message, code="model_not_found", param="model"))
 
 
-async def _watch(receive: Receive, call: Call, out: Responder) -> None:
-    """Stop the request when its client leaves, which frees the engine's place at once."""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            if not out.finished:
-                call.cancel(Stop.CLIENT_GONE)
-            return
+def _left(call: Call, out: Responder) -> None:
+    """The client has left: stop its request, which frees the engine's place at once."""
+    if not out.finished:
+        call.cancel(Stop.CLIENT_GONE)
 
 
 def _instead_of(path: str) -> str | None:

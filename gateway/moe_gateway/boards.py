@@ -104,6 +104,7 @@ def summarise(
         foreign_running=foreign_running,
         foreign_waiting=foreign_waiting,
         replicas=len(digests),
+        step_tokens=max(digest.engine.max_batched_tokens for digest in digests),
     )
 
 

@@ -54,6 +54,8 @@ class Budget:
         """Days whose account is being ended: nobody knows yet whether it was."""
         self._book = Book()
         self._left: dict[tuple[str, str], int] = {}
+        self._told: tuple[int | None, Decimal] = (None, Decimal(0))
+        """What was left when it was asked last, in pico-dollars and in dollars."""
         self._turn = asyncio.Lock()
         self._leases: set[asyncio.Task[bool]] = set()
         self._used: dict[tuple[str, str], int] = {}
@@ -76,7 +78,7 @@ class Budget:
     async def run(self) -> None:
         """Keep the books and the tranche up to date until cancelled."""
         while True:
-            await self._clock.sleep(TICK_S)
+            await self._clock.sleep(TICK_S if self._store is None else self._store.report_every_s)
             await self.tick()
 
     async def tick(self) -> None:
@@ -106,10 +108,14 @@ class Budget:
         if self.gone is not None:
             return Decimal(0)
         day = utc_day(self._clock.time())
-        left = [
-            max(0, self._free(day, scope)) + self._left_in_books(day, scope) for scope in self._limits.scopes(tenant)
-        ]
-        return max(Decimal(0), min(left) / PICO)
+        granted, left = self._granted.get(day, {}), None
+        for scope in self._limits.scopes(tenant):
+            free = granted.get(scope, 0) - self._used.get((day, scope), 0)
+            here = max(0, free) + self._left_in_books(day, scope)
+            left = here if left is None or here < left else left
+        if left != self._told[0]:
+            self._told = left, max(Decimal(0), (left or 0) / PICO)
+        return self._told[1]
 
     async def reserve(self, reservation: str, target: str, usd: Decimal, tenant: str | None = None) -> bool:
         """Set the most that a call may cost aside. False: it would pass a budget. Raises BudgetUnavailable."""
@@ -121,16 +127,19 @@ class Budget:
             raise BudgetUnavailable(self.gone)
         wanted = Reserved(utc_day(self._clock.time()), tenant or "", target, pico(usd))
         scopes = self._limits.scopes(tenant)
-        if not self._covers(wanted, scopes):
+        for _ in range(TRIES):
+            if self._covers(wanted, scopes):
+                self._set_aside(reservation, wanted)
+                return True
             # Whoever asked may go away; the lease ends by itself, for whoever comes next.
             lease = asyncio.ensure_future(self._in_turn(lambda: self._grow(wanted, scopes)))
             self._leases.add(lease)
             lease.add_done_callback(self._leases.discard)
             lease.add_done_callback(lambda done: done.cancelled() or done.exception())
-            if not await asyncio.shield(lease) or not self._covers(wanted, scopes):
+            if not await asyncio.shield(lease):
                 return False
-        self._set_aside(reservation, wanted)
-        return True
+            # A tranche may serve one of those who waited for it; the next one asks again.
+        return False
 
     def settle(self, reservation: str, usd: Decimal) -> None:
         """Say what a call cost, from any point of its end. Does nothing for one that is unknown or settled. Where it
@@ -313,7 +322,7 @@ class Budget:
         def edit(book: Book) -> None:
             for day in self._granted:
                 book.report(self._holder, day, self._entry(day))
-            book.tidy()
+            book.tidy(self._holder)
 
         await self._change(edit)
         if keep:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
+from moe_core.config import SloConfig
 from moe_core.spill import Blocked, Forecast, Reason
 
 
@@ -42,6 +43,17 @@ class Stop(StrEnum):
 
 
 @dataclass(slots=True)
+class Would:
+    """Where a request would have been spilled to, and why; `usd` is the most it could cost until it has ended."""
+
+    target: str
+    reason: Reason
+    usd: Decimal
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(slots=True)
 class Call:
     """A request from arrival to its end. Times are monotonic seconds."""
 
@@ -64,6 +76,8 @@ class Call:
     since_s: float = 0.0
     stop: Stop | None = None
     tier: str = "default"
+    slo: SloConfig | None = None
+    """What was promised to it when it was first decided about."""
     egress: str | None = None
     """What the request itself says of where it may go (header x-moestack-egress)."""
     tenant: str | None = None
@@ -76,6 +90,10 @@ class Call:
     reason: Reason | None = None
     spilled: bool = False
     blocked: Blocked | None = None
+    session: str | None = None
+    """Key of its session, where the configuration says what tells one."""
+    would: Would | None = None
+    """Where it would have gone, in shadow mode."""
     forecast: Forecast | None = None
     attempts: int = 0
     lost_at: list[str] = field(default_factory=list)
@@ -89,6 +107,18 @@ class Call:
     prompt_tokens: int = 0
     output_tokens: int = 0
     usd: Decimal = field(default_factory=Decimal)
+    # Of a stream that broke and was gone on with.
+    client_gone: bool = False
+    first_s: float | None = None
+    """When its first content token came."""
+    takeover: str | None = None
+    """How it went on last: continue or splice."""
+    broke_at: list[str] = field(default_factory=list)
+    """Upstreams at which it broke, and was gone on with elsewhere."""
+    carried_tokens: int = 0
+    """Output tokens of the attempts before the last."""
+    spilled_to: str | None = None
+    """The closed API that had it, where an own revision went on with it."""
 
     def enter(self, phase: Phase, now_s: float) -> None:
         self.phase = phase
@@ -96,6 +126,7 @@ class Call:
 
     def cancel(self, stop: Stop) -> None:
         """Stop the request. The first reason stays."""
+        self.client_gone = self.client_gone or stop is Stop.CLIENT_GONE
         if self.stop is None:
             self.stop = stop
             self.task.cancel()

@@ -42,8 +42,8 @@ class Fleet:
 
     def prompt_tokens(self, body_bytes: int) -> int:
         """Prompt tokens that a body of so many bytes probably has; revisions of one deployment tokenize alike."""
-        known = next(iter((*self.revisions, *self.targets)), None)
-        return 1 if known is None else known.prompt_tokens(body_bytes)
+        known = self.revisions or self.targets
+        return known[0].prompt_tokens(body_bytes) if known else 1
 
     def in_flight(self, name: str) -> int:
         """Requests now at upstreams of a name: one of today and, after a change of its address, one of before."""

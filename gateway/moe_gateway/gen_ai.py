@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import Histogram
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from moe_core.metrics import LATENCY_BUCKETS_S, Metric
+from moe_gateway.tallies import Spread
 
 BUCKETS = (*(str(bound) for bound in LATENCY_BUCKETS_S[::3]), "+Inf")
 
@@ -20,7 +20,7 @@ BUCKETS = (*(str(bound) for bound in LATENCY_BUCKETS_S[::3]), "+Inf")
 class GenAiCollector(Collector):
     """`labels` gives (provider, model) of a target's name."""
 
-    def __init__(self, sources: Mapping[Metric, Histogram], labels: Callable[[str], tuple[str, str]]) -> None:
+    def __init__(self, sources: Mapping[Metric, Spread], labels: Callable[[str], tuple[str, str]]) -> None:
         self._sources = sources
         self._labels = labels
 
@@ -28,7 +28,7 @@ class GenAiCollector(Collector):
         for row, source in self._sources.items():
             yield self._family(row, source)
 
-    def _family(self, row: Metric, source: Histogram) -> HistogramMetricFamily:
+    def _family(self, row: Metric, source: Spread) -> HistogramMetricFamily:
         counts: dict[tuple[str, ...], dict[str, float]] = {}
         sums: dict[tuple[str, ...], float] = {}
         for metric in source.collect():

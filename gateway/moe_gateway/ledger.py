@@ -17,8 +17,11 @@ class Ledger:
         self._running: set[int] = set()
         self._due: list[tuple[float, int]] = []
         self._waiting_tokens = 0.0
+        self._quiet: set[int] = set()
         self.progress_s = 0.0
         """When a prompt was done last."""
+        self.gaps = 0
+        """Tokens of streams that came after another token of theirs."""
 
     def sent(
         self, call: int, prompt_tokens: float, first_token_due_s: float | None = None, now_s: float = math.inf
@@ -27,6 +30,7 @@ class Ledger:
         self._waiting_tokens += prompt_tokens
         if first_token_due_s is not None:
             heapq.heappush(self._due, (first_token_due_s, call))
+            self._quiet.add(call)
 
     def first_token(self, call: int, now_s: float = 0.0) -> None:
         waited = self._waiting.pop(call, None)
@@ -38,6 +42,7 @@ class Ledger:
     def ended(self, call: int) -> None:
         self._waiting_tokens -= self._waiting.pop(call, (0.0, 0.0))[1]
         self._running.discard(call)
+        self._quiet.discard(call)
         if not self._waiting:
             self._waiting_tokens = 0.0  # so that rounding errors never add up
 
@@ -51,6 +56,11 @@ class Ledger:
     def head(self) -> tuple[float, float]:
         """(when it was sent, its prompt tokens) of the request that waits longest; (∞, 0) where none does."""
         return next(iter(self._waiting.values()), (math.inf, 0.0))
+
+    @property
+    def streams(self) -> int:
+        """Requests that decode and show it."""
+        return len(self._running - self._quiet)
 
     @property
     def in_flight(self) -> int:

@@ -7,7 +7,7 @@ estimate when a request comes and put right when it has ended, so a bucket may s
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moe_core.config import KeyLimits
 
@@ -33,7 +33,7 @@ class Bucket:
         return max(0.0, min(amount, self.capacity) - self.level) * MINUTE_S / self.capacity
 
     def less(self, amount: float) -> Bucket:
-        return replace(self, level=min(float(self.capacity), self.level - amount))
+        return Bucket(self.capacity, min(float(self.capacity), self.level - amount), self.at_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def begun(limits: KeyLimits, now_s: float) -> Usage:
 
 def under(usage: Usage, limits: KeyLimits, now_s: float) -> Usage:
     """The usage under other limits: what was taken stays taken."""
-    if usage.limits == limits:
+    if usage.limits is limits or usage.limits == limits:
         return usage
     fresh = begun(limits, now_s)
 
@@ -89,7 +89,7 @@ def admit(usage: Usage, now_s: float) -> tuple[Usage, Exceeded | None]:
     if tokens is not None and (wait_s := tokens.wait_s(1)) > 0:
         return usage, Exceeded("tokens per minute", tokens.capacity, wait_s)
     taken = None if requests is None else requests.less(1)
-    return replace(usage, requests=taken, tokens=tokens, in_flight=usage.in_flight + 1), None
+    return Usage(limits, taken, tokens, usage.in_flight + 1), None
 
 
 def charge(usage: Usage, tokens: int, now_s: float) -> tuple[Usage, Exceeded | None]:
@@ -99,7 +99,7 @@ def charge(usage: Usage, tokens: int, now_s: float) -> tuple[Usage, Exceeded | N
     bucket = usage.tokens.now(now_s)
     if (wait_s := bucket.wait_s(tokens)) > 0:
         return usage, Exceeded("tokens per minute", bucket.capacity, wait_s)
-    return replace(usage, tokens=bucket.less(tokens)), None
+    return Usage(usage.limits, usage.requests, bucket.less(tokens), usage.in_flight), None
 
 
 def ended(usage: Usage, charged: int, used: int, now_s: float) -> Usage:
@@ -107,7 +107,7 @@ def ended(usage: Usage, charged: int, used: int, now_s: float) -> Usage:
     bucket = usage.tokens
     if bucket is not None:
         bucket = bucket.now(now_s).less(used - charged)
-    return replace(usage, tokens=bucket, in_flight=max(0, usage.in_flight - 1))
+    return Usage(usage.limits, usage.requests, bucket, max(0, usage.in_flight - 1))
 
 
 def headers(usage: Usage, now_s: float) -> list[tuple[bytes, str]]:

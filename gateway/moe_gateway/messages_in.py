@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint, parse
+from moe_gateway.openai_api import ApiError, ApiRequest, Endpoint, read_object, read_request
 
 _SAME = ("model", "max_tokens", "stream", "temperature", "top_p", "top_k")
 _READ = frozenset(
@@ -24,12 +24,7 @@ _EFFORTS = frozenset({"low", "medium", "high", "xhigh", "max"})
 
 def parse_messages(raw: bytes) -> ApiRequest:
     """Read a request. Raises ApiError 400, which names the field."""
-    try:
-        document = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(document, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    document = read_object(raw)
     for name, value in document.items():
         if name not in _READ and value is not None:
             raise _refused(name[:100], "not served; leave it out")
@@ -44,17 +39,7 @@ def parse_messages(raw: bytes) -> ApiRequest:
         chat |= _options(document)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ApiError(400, "the body is not of the form of the messages API", code="invalid_request") from None
-    request = parse(Endpoint.CHAT, orjson.dumps(chat))
-    return ApiRequest(
-        endpoint=Endpoint.CHAT,
-        raw=request.raw,
-        model=request.model,
-        stream=request.stream,
-        include_usage=request.include_usage,
-        output_limit=request.output_limit,
-        document=request.document,
-        messages=document,
-    )
+    return read_request(Endpoint.CHAT, orjson.dumps(chat), chat, messages=document)
 
 
 def _messages(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import orjson
 
+from moe_gateway.exchange import Exchange, Header
 from moe_gateway.openai_api import ApiError, read_usage
-from moe_gateway.responder import Header, Responder, Send
+from moe_gateway.responder import Responder
 from moe_gateway.sse import event_end, payload_of
 
 _STOP = {
@@ -37,8 +38,8 @@ class MessagesResponder(Responder):
     """Takes what a `Responder` takes, in OpenAI's form, and gives Anthropic's. While `native` is set the bytes are
     Anthropic's already."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        super().__init__(send, request_id)
+    def __init__(self, exchange: Exchange, request_id: str) -> None:
+        super().__init__(exchange, request_id)
         self.add_header(b"request-id", request_id)
         self._request_id = request_id
         self._stream: MessageEvents | None = None

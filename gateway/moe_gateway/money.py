@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -200,10 +201,13 @@ class Book:
         if known is not None and known.held.pop(holder, None) is not None:
             add(known.spent, spent)
 
-    def tidy(self) -> None:
+    def tidy(self, holder: str = "") -> None:
         """Fold the oldest days into their months. By their number, not by a clock, which may be wrong. What is still
-        held then is lost: whoever held it is dead, and nobody knows what it spent."""
+        held then is lost: whoever held it is dead, and nobody knows what it spent. A day of which `holder`, who tidies,
+        holds something waits, and those after it: its clock was wrong, and it is alive."""
         for name in sorted(self.days)[:-DAYS_KEPT]:
+            if holder in self.days[name].held:
+                break
             day = self.days.pop(name)
             month = self.months.setdefault(name[:7], {})
             add(month, day.known())
@@ -230,4 +234,9 @@ def add(into: Spent, more: Spent) -> None:
 
 
 def utc_day(unix_s: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(unix_s))
+    return _day(int(unix_s // 86_400))
+
+
+@lru_cache(maxsize=8)  # asked for each request
+def _day(days: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(days * 86_400))

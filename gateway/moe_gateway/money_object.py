@@ -17,6 +17,8 @@ CALL_S = 2.0
 class ObjectStore:
     """One ConfigMap. It is made by whoever may: a gateway in a cluster has the right to read and update it alone."""
 
+    report_every_s = 5.0  # every write of it is kept by the cluster's own store, and passed on to who watches
+
     def __init__(self, namespace: str, name: str, api: Api | None = None) -> None:
         self._ref = Ref(objects.CONFIG_MAP, namespace, name)
         self._given = api

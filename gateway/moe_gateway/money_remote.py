@@ -21,6 +21,7 @@ class PostgresStore:
     """A row of table `moestack_budget`, over one connection, made anew when it broke. The table is made where it is
     missing; commits are as durable as the server's `synchronous_commit` says."""
 
+    report_every_s = 1.0
     _TABLE = (
         "CREATE TABLE IF NOT EXISTS moestack_budget"
         " (deployment TEXT PRIMARY KEY, version BIGINT NOT NULL, document BYTEA NOT NULL)"
@@ -80,6 +81,7 @@ class PostgresStore:
 class ValkeyStore:
     """A hash under one key. A server that forgets writes when it restarts (appendonly no) forgets money with them."""
 
+    report_every_s = 1.0
     _SWAP = """
 local newest = redis.call('HGET', KEYS[1], 'version')
 if (newest or '') ~= ARGV[1] then return 0 end

@@ -34,6 +34,9 @@ class Versioned:
 class Store(Protocol):
     """One document of one deployment. Every call raises StoreGone where the store cannot be used."""
 
+    report_every_s: float
+    """Shortest time between two reports of a process that spends: what the store can be asked to take."""
+
     async def read(self) -> Versioned | None:
         """The newest document; None where there is none yet."""
         ...
@@ -47,6 +50,8 @@ class Store(Protocol):
 
 class MemoryStore:
     """In memory: for tests, and the measure of what the others must do."""
+
+    report_every_s = 1.0
 
     def __init__(self) -> None:
         self.newest: Versioned | None = None
@@ -66,6 +71,8 @@ class MemoryStore:
 
 class SqliteStore:
     """A file of one host, for all its processes. On a thread of its own."""
+
+    report_every_s = 1.0
 
     _TABLE = (
         "CREATE TABLE IF NOT EXISTS books"

@@ -14,6 +14,8 @@ BUDGET_FILE = "budget.sqlite"
 class NoStore:
     """Stands for a store whose address cannot be had: it says so, and nothing is spent."""
 
+    report_every_s = 1.0
+
     def __init__(self, why: str) -> None:
         self._why = why
 

@@ -76,12 +76,24 @@ class ApiRequest:
 
 def parse(endpoint: Endpoint, raw: bytes) -> ApiRequest:
     """Read a request. Raises ApiError 400 for what is no JSON object or has no model name."""
+    return read_request(endpoint, raw, read_object(raw))
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises ApiError 400."""
     try:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(document, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return document
+
+
+def read_request(
+    endpoint: Endpoint, raw: bytes, document: dict[str, Any], messages: dict[str, Any] | None = None
+) -> ApiRequest:
+    """What routing needs of a request. Raises ApiError 400 where it has no model name."""
     model = document.get("model")
     if not isinstance(model, str) or not model:
         raise ApiError(400, "model: a model name is needed", code="missing_required_parameter", param="model")
@@ -99,6 +111,7 @@ def parse(endpoint: Endpoint, raw: bytes) -> ApiRequest:
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         output_limit=max(given) if given else None,
         choices=max(_count(document.get("n")) or 1, _count(document.get("best_of")) or 1) * _prompts(document),
+        messages=messages,
         document=document,
     )
 

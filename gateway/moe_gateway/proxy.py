@@ -6,12 +6,12 @@ from functools import partial
 
 from moe_core.spill import Action, Blocked, Decision, Failure, Reason
 from moe_gateway.attempt import Attempt
-from moe_gateway.budget import BudgetUnavailable
 from moe_gateway.call import Call, Outcome
+from moe_gateway.failover import kept, see_to_its_end
 from moe_gateway.openai_api import ApiError, ApiRequest
 from moe_gateway.responder import Responder
+from moe_gateway.running import reserve, run
 from moe_gateway.state import Gateway
-from moe_gateway.tracing import provider_of
 from moe_gateway.upstream import Fault, Rejected, Upstream, UpstreamFailed
 
 _NOT_THE_MODELS_WORD = frozenset({Fault.REFUSED, Fault.TIMEOUT, Fault.OVERLOADED})
@@ -26,7 +26,7 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
     if explain and (lacking := gateway.lacking(request)):
         out.add_header(b"x-moestack-refused", "; ".join(f"{name}: {field}" for name, field in lacking.items()))
     while True:
-        decision = gateway.decide(request, call, frozenset(tried), failure)
+        decision = await _decided(gateway, request, call, frozenset(tried), failure)
         if decision.target is None:
             call.blocked = decision.blocked
             raise rejected or _refusal(call, decision, faults)
@@ -38,7 +38,7 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             call.blocked = decision.blocked
             raise rejected or _refusal(call, decision, faults, "too many requests needed a second attempt")
         reservation = f"{call.request_id}/{call.id}/{call.attempts}"
-        if upstream.priced and not await _reserve(gateway, request, upstream, reservation, call.tenant):
+        if upstream.priced and not await reserve(gateway, request, upstream, reservation, call.tenant):
             call.blocked = Blocked.BUDGET
             continue
         _record(call, decision, upstream)
@@ -54,9 +54,12 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             forecast=decision.forecast,
             out=out,
             elsewhere=partial(_may_go_on, gateway, request, call, reached, then),
+            transcript=kept(gateway, request),
         )
         try:
-            await _run(gateway, call, upstream, attempt, reservation)
+            await run(gateway, call, upstream, attempt, reservation)
+            if attempt.broke is not None:
+                await see_to_its_end(gateway, request, call, out, attempt)
             return
         except UpstreamFailed as error:
             faults.append(error)
@@ -78,27 +81,15 @@ async def route(gateway: Gateway, request: ApiRequest, call: Call, out: Responde
             rejected = error
 
 
-async def _run(gateway: Gateway, call: Call, upstream: Upstream, attempt: Attempt, reservation: str) -> None:
-    """Run an attempt, in a span of its own where traces are made."""
-    tracing, trace = gateway.tracing, call.trace
-    if tracing is None or trace is None:
-        await attempt.run(reservation)
-        return
-    call.provider = provider_of(upstream.target)
-    span = tracing.attempt(trace, call, upstream.name, upstream.target)
-    call.traceparent = tracing.traceparent(span)
-    error: str | None = "cancelled"
-    try:
-        await attempt.run(reservation)
-        error = call.error if call.outcome is Outcome.CUT else None
-    except UpstreamFailed as failed:
-        error = failed.fault.value
-        raise
-    except Rejected as rejected:
-        error = str(rejected.status)
-        raise
-    finally:
-        tracing.attempt_ended(span, error)
+async def _decided(
+    gateway: Gateway, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None
+) -> Decision:
+    """The policy's answer; a request that it holds waits here, in nobody's way, and is asked about again."""
+    while True:
+        decision = gateway.decide(request, call, tried, failure, may_hold=not gateway.draining)
+        if decision.action is not Action.HOLD:
+            return decision
+        await gateway.held.wait(decision.until_s)
 
 
 def _may_go_on(
@@ -106,22 +97,6 @@ def _may_go_on(
 ) -> bool:
     """Whether the request would find another upstream if this attempt gave up now."""
     return gateway.retries.left() and gateway.foresee(request, call, tried, failure).target is not None
-
-
-async def _reserve(
-    gateway: Gateway, request: ApiRequest, upstream: Upstream, reservation: str, tenant: str | None
-) -> bool:
-    """Set the money aside; fail closed."""
-    granted = False
-    try:
-        most = gateway.cost_bound_usd(request, upstream)
-        granted = await gateway.budget.reserve(reservation, upstream.name, most, tenant)
-    except BudgetUnavailable as error:
-        gateway.log.error("the budget store cannot be used; nothing is spent", error=str(error))
-    except BaseException:
-        gateway.budget.release(reservation)
-        raise
-    return granted
 
 
 def _record(call: Call, decision: Decision, upstream: Upstream) -> None:

@@ -9,7 +9,10 @@ from moe_gateway.settings import ConfigRefused, check, load
 from moe_gateway.state import Gateway
 
 POLL_S = 1.0
-AT_START = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level", "budget_store")
+AT_START = (
+    *("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level", "budget_store"),
+    *("siblings", "workers"),
+)
 """Fields that a running process cannot change."""
 
 

@@ -1,24 +1,19 @@
-"""The client's side of one request: an ASGI response that is started once, finished once, or broken off honestly."""
+"""The client's side of one request: an answer that is started once, finished once, or broken off honestly."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable, MutableMapping
-from functools import partial
+from collections.abc import Awaitable, Generator, Iterable
 from typing import Any
 
+from moe_gateway.exchange import Exchange, Header
 from moe_gateway.openai_api import ApiError
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Header = tuple[bytes, bytes]
 
 
 class Responder:
-    """Sends an answer. `send` waits while the client reads slowly: that is the back-pressure of a stream."""
+    """Sends an answer. Writing waits while the client reads slowly: that is the back-pressure of a stream."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send = send
+    def __init__(self, exchange: Exchange, request_id: str) -> None:
+        self._exchange = exchange
         self._headers: list[Header] = [(b"x-request-id", request_id.encode())]
         self.native = False
         """Whether what follows is in the client's own form already, where that is not OpenAI's."""
@@ -31,25 +26,20 @@ class Responder:
         self._headers.append((name, value.encode("latin-1", "replace")))
 
     async def start(self, status: int, headers: Iterable[Header]) -> None:
+        self._exchange.start(status, (*self._headers, *headers))
         self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": [*self._headers, *headers]})
 
     async def write(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._exchange.write(data)
 
     def write_soon(self, data: bytes) -> Awaitable[None] | None:
         """Send at once, outside any task. None where that was done; else the client reads slowly, and the rest of the
         sending is to be awaited before anything else is sent."""
-        sending = self._send({"type": "http.response.body", "body": data, "more_body": True}).__await__()
-        try:
-            waits_for = next(sending)
-        except StopIteration:
-            return None
-        return _Rest(sending, waits_for)
+        return None if self._exchange.put(data) else _Rest(self._exchange, data)
 
     async def finish(self, data: bytes = b"") -> None:
         self.finished = True
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        await self._exchange.write(data, more=False)
 
     async def whole(self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = ()) -> None:
         """An answer in one piece."""
@@ -74,22 +64,11 @@ class Responder:
 
 
 class _Rest:
-    """What is left of a sending that was begun outside a task and came to wait for something."""
+    """A sending that is to wait for the client to read on."""
 
-    def __init__(self, sending: Generator[Any, Any, None], waits_for: object) -> None:
-        self._sending = sending
-        self._waits_for = waits_for
+    def __init__(self, exchange: Exchange, data: bytes) -> None:
+        self._exchange = exchange
+        self._data = data
 
     def __await__(self) -> Generator[Any, Any, None]:
-        waits_for = self._waits_for
-        while True:
-            try:
-                value = yield waits_for
-            except BaseException as error:
-                step = partial(self._sending.throw, error)
-            else:
-                step = partial(self._sending.send, value)
-            try:
-                waits_for = step()
-            except StopIteration:
-                return
+        return self._exchange.write(self._data).__await__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -18,6 +19,7 @@ from moe_core.config import GatewayConfig
 from moe_gateway.admin import Admin
 from moe_gateway.app import App
 from moe_gateway.boards import BoardPoller
+from moe_gateway.boot import Inherited
 from moe_gateway.budget import BudgetUnavailable
 from moe_gateway.external import ExternalCollector, ExternalPoller
 from moe_gateway.front import KEEP_ALIVE_S, Front
@@ -28,6 +30,9 @@ from moe_gateway.state import Gateway
 
 STALL_CHECK_S = 0.25
 ABORT_GRACE_S = 2.0
+GC_ALLOCATIONS = 20_000
+"""Objects made and kept before cycles among them are looked for; 700 is Python's own figure."""
+LOOPBACK = "127.0.0.1"
 
 
 class _Uvicorn(uvicorn.Server):
@@ -48,12 +53,20 @@ class _Uvicorn(uvicorn.Server):
 
 class GatewayServer:
     """A running gateway. `start`, then `port` and `admin_port`; `stop` drains and closes. Where the configuration came
-    from a file, that is followed."""
+    from a file, that is followed. A worker of a pod is given its sockets; its admin port is for its parent alone."""
 
     def __init__(
-        self, config: GatewayConfig, clock: Clock | None = None, *, file: Path | None = None, file_hash: str = ""
+        self,
+        config: GatewayConfig,
+        clock: Clock | None = None,
+        *,
+        file: Path | None = None,
+        file_hash: str = "",
+        inherited: Inherited | None = None,
     ) -> None:
         self._file = file
+        self._inherited = inherited
+        self._clients: socket.socket | None = None
         self.gateway = Gateway(config, clock or SystemClock(), config_hash=file_hash)
         self._background: list[asyncio.Task[None]] = []
         self._runner: web.AppRunner | None = None
@@ -64,25 +77,38 @@ class GatewayServer:
 
     async def start(self) -> None:
         """Bind both ports and serve. Raises ConfigRefused by field for a port or a store that is not to be had."""
-        gateway, config = self.gateway, self.gateway.config
+        await self.open()
+        await self.serve()
+
+    async def open(self) -> None:
+        """Bind both ports and answer on the admin port. Raises as `start`."""
+        gateway, config, given = self.gateway, self.gateway.config, self._inherited
         try:
             await gateway.budget.open()
         except BudgetUnavailable as error:
             if config.budget_store.kind == "SQLite":
                 raise ConfigRefused(f"stateDir: {error}; name a writable folder") from None
             # A store elsewhere may come back; until then requests are answered by what costs nothing.
-        client_socket = _bind("port", config.host, config.port)
+        client_socket = bind("port", config.host, config.port) if given is None else given.listen
         try:
-            admin_socket = _bind("adminPort", config.admin_host, config.admin_port)
+            where = (config.admin_host, config.admin_port) if given is None else (LOOPBACK, 0)
+            admin_socket = bind("adminPort", *where)
         except ConfigRefused:
             client_socket.close()
             raise
+        self._clients = client_socket
         self.port, self.admin_port = client_socket.getsockname()[1], admin_socket.getsockname()[1]
         gateway.name = f"{socket.gethostname()}:{self.admin_port}"
         self._runner = web.AppRunner(Admin(gateway).application(), access_log=None, handle_signals=False)
         await self._runner.setup()
         await web.SockSite(self._runner, admin_socket).start()
-        await self._serve(client_socket)
+
+    async def serve(self) -> None:
+        """Take requests of clients."""
+        gateway, given = self.gateway, self._inherited
+        if self._clients is None:
+            raise RuntimeError("open comes before serve")
+        await self._serve(self._clients)
         external = ExternalPoller(gateway)
         gateway.telemetry.registry.register(ExternalCollector(gateway.config.deployment, external))
         self._background = [
@@ -90,10 +116,12 @@ class GatewayServer:
             asyncio.create_task(external.run(), name="external"),
             asyncio.create_task(self._watch_stalls(), name="stalls"),
             asyncio.create_task(gateway.budget.run(), name="budget"),
+            asyncio.create_task(gateway.keep_record(), name="record"),
             asyncio.create_task(gateway.access.run(gateway.client), name="access"),
         ]
-        if config.siblings is not None:
-            telling = Telling(gateway, config.siblings)
+        siblings = gateway.config.siblings if given is None else given.siblings
+        if siblings is not None:
+            telling = Telling(gateway, siblings, *(() if given is None else (given.tell, given.tell_key)))
             self._background.append(asyncio.create_task(telling.run(), name="siblings"))
         if self._file is not None:
             watch = ConfigWatch(gateway, self._file)
@@ -103,6 +131,7 @@ class GatewayServer:
         """Stop accepting, let requests in flight end for `drain_s`, end the rest honestly, close everything."""
         gateway = self.gateway
         gateway.draining = True
+        gateway.held.release_all()
         drain_s = gateway.config.limits.drain_s if drain_s is None else drain_s
         gateway.log.info("draining", in_flight=len(gateway.calls), deadline_s=drain_s)
         if self._uvicorn is not None and self._serving is not None:
@@ -157,6 +186,7 @@ class GatewayServer:
         while True:
             await self.gateway.clock.sleep(STALL_CHECK_S)
             self.gateway.stop_stalled()
+            self.gateway.looks.take(self.gateway, self.gateway.clock.monotonic())
             if self._uvicorn is not None:
                 now_s = asyncio.get_running_loop().time()
                 for connection in list(self._uvicorn.server_state.connections):
@@ -170,7 +200,13 @@ async def run(server: GatewayServer, announce: Callable[[GatewayServer], None]) 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     await server.start()
+    settle_memory()
     announce(server)
+    return await until_stopped(server, stopping)
+
+
+async def until_stopped(server: GatewayServer, stopping: asyncio.Event) -> int:
+    """Serve until told to stop, or until a part dies; then drain. Returns the exit status."""
     status = 0
     while not stopping.is_set():
         with contextlib.suppress(TimeoutError):
@@ -185,7 +221,16 @@ async def run(server: GatewayServer, announce: Callable[[GatewayServer], None]) 
     return status
 
 
-def _bind(field: str, host: str, port: int) -> socket.socket:
+def settle_memory() -> None:
+    """What start-up made stays for good: not looked through again by each collection of garbage. A request leaves next
+    to no cycles, so that collections, which stop everything, may be rare."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, 20, 20)
+
+
+def bind(field: str, host: str, port: int) -> socket.socket:
+    """A socket of an address of the configuration. Raises ConfigRefused with the field."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -67,6 +67,10 @@ def check(config: GatewayConfig) -> None:
         for target in config.targets
     )
     _check_store(config, priced)
+    if config.siblings is not None and config.siblings.workers < config.workers:
+        raise ConfigRefused(
+            f"siblings.workers: {config.siblings.workers} ports are too few; set it to workers, {config.workers}"
+        )
     if config.spill.usd_per_day is not None and config.spill.usd_per_day < 0:
         raise ConfigRefused("spill.usdPerDay: must not be below 0")
     if config.tracing is not None and not config.tracing.endpoint.startswith(("http://", "https://")):

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from moe_core.clock import Clock
 from moe_core.config import SiblingsConfig
-from moe_core.latency import LatencyEstimate, observe_decode, observe_ttft
+from moe_core.latency import Ended, First
 
 if TYPE_CHECKING:
     from moe_gateway.state import Gateway
@@ -36,49 +36,6 @@ RESOLVE_EVERY_S = 5.0
 MAC_BYTES = 16
 LEARN_MOST = 64
 """Measurements in a datagram at most, so that it stays within 8 KiB; what is over is the sender's alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class First:
-    """A first token: from what it was foreseen, and when it came."""
-
-    work_tokens: float
-    prompt_tokens: float
-    slot_wait_s: float
-    ttft_s: float
-    running: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A request that has ended, its mean ITL and what was foreseen of it."""
-
-    itl_s: float | None
-    output_tokens: int
-    running: float = 0.0
-    p_slow: float = 0.0
-
-
-def learned(estimate: LatencyEstimate, seen: First | Ended, now_s: float, itl_slo_s: float) -> LatencyEstimate:
-    """An estimate after a measurement, one's own or another worker's."""
-    if isinstance(seen, First):
-        return observe_ttft(
-            estimate,
-            now_s,
-            work_tokens=seen.work_tokens,
-            prompt_tokens=seen.prompt_tokens,
-            slot_wait_s=seen.slot_wait_s,
-            ttft_s=seen.ttft_s,
-            running=seen.running,
-        )
-    return observe_decode(
-        estimate,
-        itl_s=seen.itl_s,
-        output_tokens=seen.output_tokens,
-        running=seen.running,
-        p_slow=seen.p_slow,
-        slow=seen.itl_s is not None and seen.itl_s > itl_slo_s,
-    )
 
 
 class Counts(BaseModel):
@@ -201,9 +158,13 @@ def _mac(key: bytes, body: bytes) -> bytes:
 class Telling(asyncio.DatagramProtocol):
     """The socket: hears the others, and tells them on every change, 10 ms apart at least."""
 
-    def __init__(self, gateway: Gateway, config: SiblingsConfig) -> None:
-        self._gateway, self._config = gateway, config
-        self._key = b"" if config.key_file is None else Path(config.key_file).read_bytes().strip()
+    def __init__(
+        self, gateway: Gateway, config: SiblingsConfig, sock: socket.socket | None = None, key: bytes | None = None
+    ) -> None:
+        """`sock` and `key`: given by the parent of a pod's workers; else bound and read here."""
+        self._gateway, self._config, self._sock = gateway, config, sock
+        self._key = key or (b"" if config.key_file is None else Path(config.key_file).read_bytes().strip())
+        self._known: dict[str, frozenset[str]] = {}
         self._to: list[tuple[str, int]] = []
         self._transport: asyncio.DatagramTransport | None = None
         self._last: dict[str, tuple[int, float, int]] = {}
@@ -214,30 +175,34 @@ class Telling(asyncio.DatagramProtocol):
         for name, seen in gateway.siblings.hear(data, gateway.name, self._key):
             upstream = gateway.upstreams.get(name)
             if upstream is not None:
-                upstream.estimate = learned(upstream.estimate, seen, now_s, itl_slo_s)
+                upstream.learn(seen, now_s, itl_slo_s)
 
     async def run(self) -> None:
         """Tell and hear until cancelled. A port that is taken is another worker's of this pod: the next is tried."""
         loop, gateway = asyncio.get_running_loop(), self._gateway
         own = await self._bind(loop)
         gateway.siblings.listening = True
-        resolved_s = told_s = -math.inf
+        told_s = -math.inf
+        finding = asyncio.create_task(self._find(loop, own), name="find siblings")
         try:
             while True:
                 now_s = gateway.clock.monotonic()
-                if now_s - resolved_s >= RESOLVE_EVERY_S:
-                    resolved_s, self._to = now_s, await self._resolve(loop, own)
                 if self._changed(now_s) or gateway.siblings.unsaid or now_s - told_s >= HEARTBEAT_S:
                     told_s = now_s
                     self._tell(now_s)
                 await gateway.clock.sleep(TELL_EVERY_S)
         finally:
             gateway.siblings.listening = False
+            finding.cancel()
             if self._transport is not None:
                 self._transport.close()
 
     async def _bind(self, loop: asyncio.AbstractEventLoop) -> int:
         config = self._config
+        if self._sock is not None:
+            self._transport, _ = await loop.create_datagram_endpoint(lambda: self, sock=self._sock)
+            port: int = self._sock.getsockname()[1]
+            return port
         for port in range(config.port, config.port + config.workers):
             try:
                 self._transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=(config.host, port))
@@ -246,17 +211,25 @@ class Telling(asyncio.DatagramProtocol):
             return port
         raise OSError(f"siblings.port: no free port of {config.port} to {config.port + config.workers - 1}")
 
+    async def _find(self, loop: asyncio.AbstractEventLoop, own: int) -> None:
+        """Look for the others again and again, beside the telling: a name server may take its time."""
+        while True:
+            self._to = await self._resolve(loop, own)
+            await self._gateway.clock.sleep(RESOLVE_EVERY_S)
+
     async def _resolve(self, loop: asyncio.AbstractEventLoop, own: int) -> list[tuple[str, int]]:
-        """Every worker of every pod: all addresses of each name, all ports of each address."""
+        """Every worker of every pod: all addresses of each name, all ports of each address. A name that cannot be
+        looked up now keeps the addresses that it had."""
         config = self._config
         ports = range(config.port, config.port + config.workers)
         found = {("127.0.0.1", port) for port in ports if port != own}
         for name in config.peers:
             try:
                 infos = await loop.getaddrinfo(name, None, family=socket.AF_INET, type=socket.SOCK_DGRAM)
+                self._known[name] = frozenset(str(info[4][0]) for info in infos)
             except OSError:
-                continue
-            found |= {(str(info[4][0]), port) for info in infos for port in ports}
+                pass
+            found |= {(address, port) for address in self._known.get(name, ()) for port in ports}
         return sorted(found)
 
     def _changed(self, now_s: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import orjson
@@ -13,7 +14,49 @@ _CONTENT_FIELDS = ("content", "reasoning_content", "reasoning", "refusal", "tool
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
 
 
-class SseScanner:
+class StreamReader(ABC):
+    """Reads an upstream's stream in passing: takes its bytes, gives events in OpenAI's form, keeps what it saw."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self.content_events = 0
+        """Events with content so far: text, reasoning, a refusal, a tool call. A role, a ping, a comment are none."""
+        self.done = False
+        """The upstream's own end of the stream was seen: nothing follows."""
+        self.finished = False
+        """A finish reason was seen: the answer is whole, even if the connection now ends."""
+        self.malformed = False
+        self.error: object | None = None
+        self.keep_error = True
+        """Whether an error event goes on. A closed API's may quote our key."""
+        self.usage: Usage | None = None
+        self.prompt_tokens: int | None = None
+        """Prompt tokens as the upstream told them early, for a stream that breaks before its usage."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stream may end here: its own end or a finish reason was seen."""
+        return self.done or self.finished
+
+    @property
+    def broken(self) -> bool:
+        return self.malformed or self.error is not None
+
+    @property
+    @abstractmethod
+    def counted_tokens(self) -> int:
+        """Output tokens so far, for a stream that tells no usage."""
+
+    @abstractmethod
+    def feed(self, chunk: bytes) -> bytes:
+        """Take a chunk; return every whole event that is now complete."""
+
+    @abstractmethod
+    def flush(self) -> bytes:
+        """At the end of the upstream's bytes: what is left."""
+
+
+class SseScanner(StreamReader):
     """Feed it chunks; it gives back the bytes to send on, and keeps what it saw.
 
     Only whole events are given back, so that an error event can follow at any time. With `strip_usage` the final
@@ -21,34 +64,16 @@ class SseScanner:
     """
 
     def __init__(self, strip_usage: bool = False, keep_error: bool = True) -> None:
+        super().__init__()
         self._strip_usage = strip_usage
         self.keep_error = keep_error
-        """Whether an error event goes on. A closed API's may quote our key."""
-        self._buffer = b""
-        self.content_events = 0
-        self.done = False
-        self.finished = False
-        self.malformed = False
-        self.error: object | None = None
-        self.usage: Usage | None = None
-        self.prompt_tokens: int | None = None
 
     @property
     def counted_tokens(self) -> int:
-        """Output tokens so far: OpenAI's servers send about one in an event."""
+        """OpenAI's servers send about one in an event."""
         return self.content_events
 
-    @property
-    def complete(self) -> bool:
-        """Whether the stream may end here: [DONE] or a finish reason was seen."""
-        return self.done or self.finished
-
-    @property
-    def broken(self) -> bool:
-        return self.malformed or self.error is not None
-
     def feed(self, chunk: bytes) -> bytes:
-        """Take a chunk; return every whole event that is now complete."""
         if not self._buffer and chunk.startswith(b"data: {") and chunk.endswith(b"}\n\n") and chunk.count(b"\n") == 2:
             return self._single(chunk)
         data = self._buffer + chunk if self._buffer else chunk
@@ -168,3 +193,11 @@ def event_end(data: bytes, start: int) -> int | None:
     dos = data.find(b"\r\n\r\n", start)
     ends = [at + size for at, size in ((unix, 2), (dos, 4)) if at >= 0]
     return min(ends, default=None)
+
+
+def without_last(events: bytes) -> tuple[bytes, bytes]:
+    """Whole events, and the last of them apart."""
+    start = 0
+    while (end := event_end(events, start)) is not None and end < len(events):
+        start = end
+    return events[:start], events[start:]

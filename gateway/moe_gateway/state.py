@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -20,31 +19,29 @@ import orjson
 from moe_core import breaker as breakers
 from moe_core import http
 from moe_core.clock import Clock
-from moe_core.config import GatewayConfig, config_hash
+from moe_core.config import GatewayConfig, SloConfig, config_hash
+from moe_core.latency import Ended, First
 from moe_core.log import get_log
 from moe_core.prices import most_usd
 from moe_core.signing import Verifier
-from moe_core.spill import (
-    Decision,
-    Failure,
-    RevisionView,
-    SpillContext,
-    SpillState,
-    TargetView,
-    Thresholds,
-    decide,
-)
-from moe_core.tiers import may_spill
+from moe_core.spill import Decision, Failure, SpillContext, SpillState, Thresholds, decide
+from moe_core.tiers import slo_of
 from moe_core.wire import GatewayDigest, Knobs, Weights
 from moe_gateway.access import Access
 from moe_gateway.budget import Budget
 from moe_gateway.call import Call, Phase, Stop
+from moe_gateway.context import spill_context
 from moe_gateway.egress import Asking, Audit
 from moe_gateway.fleet import Fleet, renew
+from moe_gateway.forecasts import Forecasts
+from moe_gateway.held import Held
+from moe_gateway.looks import Looks
 from moe_gateway.money_stores import limits_of, store_of
 from moe_gateway.openai_api import ApiRequest, prompt_bound
+from moe_gateway.recorder import FLUSH_S, Recorder
 from moe_gateway.retries import Retries
-from moe_gateway.siblings import Ended, First, Siblings, View, learned
+from moe_gateway.shadow import Shadow, own_alone
+from moe_gateway.siblings import Siblings, View
 from moe_gateway.telemetry import Telemetry
 from moe_gateway.tracing import Tracing
 from moe_gateway.upstream import Upstream
@@ -75,7 +72,12 @@ class Gateway:
         self._tell_prices()
         self.audit = Audit(config.deployment, self.telemetry.registry, self.log)
         self.spill = SpillState()
+        self.shadow = Shadow(config.deployment, self.telemetry.registry, clock)
+        self.recorder = None if config.record is None else Recorder(config.record, clock, self.log)
+        self.forecasts = Forecasts(config.deployment, self.telemetry.registry, clock)
         self.siblings = Siblings(config.deployment, clock)
+        self.looks = Looks()
+        self.held = Held(clock)
         self.knobs: Knobs | None = None
         self.commanded_weights: Weights | None = None
         self.weights_version = -1
@@ -108,6 +110,8 @@ class Gateway:
         if self.tracing is not None:
             await self.tracing.close()
         await self.budget.close()
+        if self.recorder is not None:
+            await self.recorder.close()
 
     # Requests in flight
 
@@ -120,7 +124,10 @@ class Gateway:
 
     def end(self, call: Call) -> None:
         del self.calls[call.id]
+        self.held.release()
         self.access.leave(call)
+        self.shadow.ended(call, self.upstreams)
+        self.forecasts.ended(call)
         self.telemetry.finished(call, self.clock.monotonic())
 
     def stop_stalled(self) -> None:
@@ -147,14 +154,59 @@ class Gateway:
         cap = None if knobs is None else knobs.share_cap
         return Thresholds(spill.miss_probability if miss is None else miss, spill.share_cap if cap is None else cap)
 
-    def decide(self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None) -> Decision:
-        """Decide where a request goes and remember it."""
-        decision, self.spill = decide(self._context(request, call, tried, failure), self.spill)
+    def decide(
+        self,
+        request: ApiRequest,
+        call: Call,
+        tried: frozenset[str],
+        failure: Failure | None,
+        *,
+        may_hold: bool = False,
+    ) -> Decision:
+        """Decide where a request goes and remember it. In shadow mode as if there were no closed API."""
+        may_hold = may_hold and not self.config.spill.shadow
+        context, before = spill_context(self, request, call, tried, failure, may_hold=may_hold), self.spill
+        if self.config.spill.shadow:
+            context = self._shadowed(context, call)
+        decision, self.spill = decide(context, before)
+        if self.recorder is not None:
+            self.recorder.note("live", context, before, decision, self.spill)
         return decision
 
     def foresee(self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None) -> Decision:
         """What `decide` would say, leaving no trace."""
-        return decide(self._context(request, call, tried, failure), self.spill)[0]
+        return decide(self._possible(request, call, tried, failure), self.spill)[0]
+
+    def _possible(
+        self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None
+    ) -> SpillContext:
+        """What may be done now: in shadow mode nothing can leave."""
+        context = spill_context(self, request, call, tried, failure)
+        return own_alone(context) if self.config.spill.shadow else context
+
+    def _shadowed(self, context: SpillContext, call: Call) -> SpillContext:
+        """Note what would have been done; the context in which nothing can leave."""
+        left = self.shadow.left_usd(self.budget.left_usd(), context.budget_left_usd, call.tenant)
+        context = replace(context, budget_left_usd=left)
+        before, decision = self.shadow.judge(context, self.spill, call)
+        if self.recorder is not None:
+            self.recorder.note("shadow", context, before, decision, self.shadow.state)
+        return own_alone(context)
+
+    def successor(
+        self, request: ApiRequest, call: Call, tried: frozenset[str], *, closed: bool
+    ) -> tuple[Decision, SpillState]:
+        """Who would go on with a stream that broke, an own revision or a closed API; and the state for when it does.
+        Its first token has come, so its age says nothing: load, breakers, rights, money and the share cap do."""
+        context = replace(self._possible(request, call, tried, Failure.FAILED), elapsed_s=0.0)
+        if closed:
+            context = replace(context, tried=tried | {revision.name for revision in context.revisions})
+        else:
+            context = replace(context, targets=())
+        decision, after = decide(context, self.spill)
+        if self.recorder is not None:
+            self.recorder.note("successor", context, self.spill, decision, after)
+        return decision, after
 
     def lacking(self, request: ApiRequest) -> dict[str, str]:
         """Targets that are passed over for a request, each with the first field that it lacks."""
@@ -173,53 +225,20 @@ class Gateway:
             return Decimal(0)
         return most_usd(prompt_bound(request), self.output_bound(request), target.price)
 
-    def _context(self, request: ApiRequest, call: Call, tried: frozenset[str], failure: Failure | None) -> SpillContext:
-        now_s = self.clock.monotonic()
-        asking = self.asking(call)
-        allowed = self.fleet.targets if may_spill(self.config.tiers or (), call.tier) else ()
-        return SpillContext(
-            now_s=now_s,
-            prompt_tokens=self.fleet.prompt_tokens(len(request.raw)),
-            ttft_slo_s=self.config.slo.ttft_p95_s,
-            thresholds=self.thresholds(),
-            revisions=tuple(self._revision_views(now_s)),
-            targets=tuple(
-                TargetView(target.name, target.available(now_s), self.cost_bound_usd(request, target), target.estimate)
-                for target in allowed
-                if target.target is not None
-                and asking.refusal(target.target) is None
-                and target.adapter is not None
-                and target.adapter.lacks(request) is None
-            ),
-            budget_left_usd=self.budget.left_usd(call.tenant) if self.fleet.targets else None,
-            elapsed_s=now_s - call.arrived_s,
-            tried=tried,
-            local_failure=failure,
-            itl_slo_s=self.config.slo.itl_p95_s,
-        )
+    def slo(self, call: Call) -> SloConfig:
+        """What is promised to a request: its tier's own SLO or the deployment's, as it was when first asked for."""
+        if call.slo is None:
+            call.slo = slo_of(self.config.tiers or (), call.tier, self.config.slo)
+        return call.slo
+
+    def own_itl_slo_s(self, call: Call) -> float | None:
+        """The ITL promised to a request where it is not what the deployment promises."""
+        itl_s = self.slo(call).itl_p95_s
+        return None if itl_s == self.config.slo.itl_p95_s else itl_s
 
     def asking(self, call: Call) -> Asking:
         """For whom a request would leave, by the policy in force now."""
         return Asking(self.config.egress, call.tenant, call.tier, call.egress)
-
-    def _revision_views(self, now_s: float) -> Iterator[RevisionView]:
-        for upstream in self.fleet.revisions:
-            load = self.load(upstream, now_s)
-            report = upstream.report
-            if report is not None:
-                report = report.aged(now_s - upstream.report_at_s)
-            yield RevisionView(
-                upstream.name,
-                upstream.weight,
-                upstream.available(now_s),
-                load.waiting,
-                load.tokens,
-                load.running,
-                report,
-                upstream.estimate,
-                load.head_tokens,
-                load.head_s,
-            )
 
     def load(self, upstream: Upstream, now_s: float) -> View:
         """What all workers together have at an upstream, as far as they told."""
@@ -228,8 +247,7 @@ class Gateway:
 
     def learn(self, upstream: Upstream, seen: First | Ended) -> None:
         """Move an upstream's estimate by a measurement, and let the other workers know."""
-        now_s = self.clock.monotonic()
-        upstream.estimate = learned(upstream.estimate, seen, now_s, self.config.slo.itl_p95_s)
+        upstream.learn(seen, self.clock.monotonic(), self.config.slo.itl_p95_s)
         self.siblings.note(upstream.name, seen)
 
     # Verdicts on upstreams
@@ -281,7 +299,7 @@ class Gateway:
             return
         self.telemetry.weights_version(self.weights_version)
         # Credits are shares of the weights they were earned under.
-        self.spill = replace(self.spill, credits=(), spilling=self.spill.spilling & weights.keys())
+        self.spill = replace(self.spill, credits=(), spilling=self.spill.spilling.intersection(weights))
         self.log.info("weights in force", version=self.weights_version, weights=weights)
 
     def weights(self) -> dict[str, int]:
@@ -308,6 +326,7 @@ class Gateway:
         self.telemetry.follow(self.fleet, config.slo)
         self.telemetry.log_ok_share = config.log_ok_share
         await self._follow_tracing(config)
+        await self._follow_record(config)
         self._follow_weights()
         self.log.info("configuration in force", hash=config_hash)
         self._tell_prices()
@@ -320,6 +339,21 @@ class Gateway:
             self.tracing = None if config.tracing is None else Tracing(config.tracing, config.deployment)
             if before is not None:
                 await before.close()
+
+    async def _follow_record(self, config: GatewayConfig) -> None:
+        """Write decisions down as configured."""
+        before = self.recorder
+        if config.record != (None if before is None else before.config):
+            self.recorder = None if config.record is None else Recorder(config.record, self.clock, self.log)
+            if before is not None:
+                await before.close()
+
+    async def keep_record(self) -> None:
+        """Write down what was decided, a few times a second, until cancelled."""
+        while True:
+            await self.clock.sleep(FLUSH_S)
+            if self.recorder is not None:
+                await self.recorder.flush()
 
     def config_refused(self, why: str | None) -> None:
         """Remember that the newest configuration file cannot be served, or with None that it is in force."""

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter as Tally
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from moe_api.spec import DEFAULT_TIER
 from moe_core import metrics as table
 from moe_core.config import SloConfig
-from moe_core.log import Log
+from moe_core.log import Log, flush
+from moe_core.prices import PICO, pico
 from moe_core.wire import GatewayDigest, TargetDigest
 from moe_gateway.call import Call, Outcome
 from moe_gateway.fleet import Fleet
 from moe_gateway.gen_ai import GenAiCollector
+from moe_gateway.lines import line_of_request, plain
+from moe_gateway.merging import Window, thinned
+from moe_gateway.tallies import Counts, Spread
 from moe_gateway.tracing import provider_of
+from moe_gateway.windows import Attempts, Instants, Kind, Requests, Spending
 
 WINDOW_MAX_S = 300.0
 EVENTS_MAX = 200_000
 NONE = "none"
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    at_s: float
-    target: str
-    lost_at: tuple[str, ...]
-    outcome: Outcome
-    spilled: bool
-    ttft_s: float | None
-    itl_s: float | None
-    met: bool | None
-    prompt_tokens: int
-    output_tokens: int
+OK = Outcome.OK.value
+LINES_S = 0.02
+"""Lines of requests that went well and cost nothing beyond are written together, so long after the first of them: what
+a crash may take with it. Whatever tells of money, of data that left or of an error is written at once."""
 
 
 def slo_met(call: Call, slo: SloConfig, duration_s: float) -> bool | None:
@@ -73,20 +65,21 @@ class Telemetry:
         self._fleet = Fleet()
         self.registry = registry = CollectorRegistry()
         self.log_ok_share = 1.0
-        self._requests = table.counter(table.GATEWAY_REQUESTS, registry)
-        self._ttft = table.histogram(table.GATEWAY_TTFT, registry)
-        self._itl = table.histogram(table.GATEWAY_ITL, registry)
-        self._duration = table.histogram(table.GATEWAY_DURATION, registry)
+        self._requests = Counts(table.GATEWAY_REQUESTS)
+        self._ttft, self._itl = Spread(table.GATEWAY_TTFT), Spread(table.GATEWAY_ITL)
+        self._duration = Spread(table.GATEWAY_DURATION)
+        self._prompt, self._output = Counts(table.GATEWAY_PROMPT_TOKENS), Counts(table.GATEWAY_OUTPUT_TOKENS)
+        self._met = Counts(table.GATEWAY_SLO)
+        for mine in (self._requests, self._ttft, self._itl, self._duration, self._prompt, self._output, self._met):
+            registry.register(mine)
         sources = {table.GEN_AI_DURATION: self._duration, table.GEN_AI_TTFT: self._ttft, table.GEN_AI_ITL: self._itl}
         registry.register(GenAiCollector(sources, self._provider_and_model))
         self._in_flight = table.gauge(table.GATEWAY_IN_FLIGHT, registry)
         self._spilled = table.counter(table.GATEWAY_SPILLED, registry)
         self._shed = table.counter(table.GATEWAY_SHED, registry)
         self._retries = table.counter(table.GATEWAY_RETRIES, registry)
-        self._prompt = table.counter(table.GATEWAY_PROMPT_TOKENS, registry)
-        self._output = table.counter(table.GATEWAY_OUTPUT_TOKENS, registry)
+        self._broken = table.counter(table.GATEWAY_BROKEN, registry)
         self._spend = table.counter(table.GATEWAY_SPEND, registry)
-        self._met = table.counter(table.GATEWAY_SLO, registry)
         self._version = table.gauge(table.GATEWAY_KNOBS_VERSION, registry)
         self._version.labels(deployment).set(0)
         self._weights_version = table.gauge(table.GATEWAY_WEIGHTS_VERSION, registry)
@@ -94,11 +87,12 @@ class Telemetry:
         self.config_loaded(True)
         self.follow(fleet, slo)
         for result in ("met", "missed"):
-            self._met.labels(deployment, result)
-        self._arrivals: deque[float] = deque(maxlen=EVENTS_MAX)
-        self._finished: deque[_Finished] = deque(maxlen=EVENTS_MAX)
-        self._attempts: deque[tuple[float, str, bool]] = deque(maxlen=EVENTS_MAX)
-        self._money: deque[tuple[float, str, Decimal]] = deque(maxlen=EVENTS_MAX)
+            self._met.add((deployment, DEFAULT_TIER, result), 0.0)
+        self._arrivals = Instants(EVENTS_MAX)
+        self._finished = Requests(EVENTS_MAX)
+        self._attempts = Attempts(EVENTS_MAX)
+        self._money = Spending(EVENTS_MAX)
+        self._lines_wait = False
 
     def follow(self, fleet: Fleet, slo: SloConfig) -> None:
         """Count for these upstreams and judge by this SLO from now on."""
@@ -112,19 +106,23 @@ class Telemetry:
                 self._spend.labels(self._deployment, name)
 
     def arrived(self, now_s: float) -> None:
-        self._arrivals.append(now_s)
+        self._arrivals.add(now_s)
 
     def attempted(self, now_s: float, upstream: str, failed: bool) -> None:
         """An attempt at an upstream ended; one request may have several."""
-        self._attempts.append((now_s, upstream, failed))
+        self._attempts.ended(now_s, upstream, failed)
 
     def retried(self, upstream: str, *, allowed: bool) -> None:
         """A request's attempt beyond its first was sent, or there was no budget for it."""
         self._retries.labels(self._deployment, upstream, "sent" if allowed else "refused").inc()
 
+    def broke(self, upstream: str, how: str, why: str) -> None:
+        """It was decided how a stream goes on that broke, or why it does not."""
+        self._broken.labels(self._deployment, upstream, how, why).inc()
+
     def spent(self, now_s: float, target: str, usd: Decimal) -> None:
         self._spend.labels(self._deployment, target).inc(float(usd))
-        self._money.append((now_s, target, usd))
+        self._money.spent(now_s, target, pico(usd))
 
     def knobs_version(self, version: int) -> None:
         self._version.labels(self._deployment).set(version)
@@ -139,78 +137,51 @@ class Telemetry:
         """Count a request that has ended, and log it."""
         deployment, target, outcome = self._deployment, call.upstream or NONE, call.outcome or Outcome.ERROR
         duration_s = now_s - call.arrived_s
-        met = slo_met(call, self._slo, duration_s)
-        self._requests.labels(deployment, target, call.tier, outcome.value).inc()
+        met = slo_met(call, call.slo or self._slo, duration_s)
+        ended = outcome.value
+        self._requests.add((deployment, target, call.tier, ended))
         if outcome is Outcome.SHED:
             self._shed.labels(deployment, call.reason.value if call.reason else "unavailable").inc()
         if call.upstream is not None:
             self._observe(call, target, duration_s)
         if met is not None:
-            self._met.labels(deployment, "met" if met else "missed").inc()
-        self._finished.append(
-            _Finished(
-                now_s,
-                target,
-                tuple(call.lost_at),
-                outcome,
-                call.spilled,
-                call.ttft_s,
-                call.itl_s,
-                met,
-                call.prompt_tokens,
-                call.output_tokens,
-            )
-        )
-        self._log_line(call, target, outcome, duration_s)
+            self._met.add((deployment, call.tier, "met" if met else "missed"))
+        kind = (target, (*call.lost_at, *call.broke_at), ended, call.spilled, met)
+        self._finished.ended(now_s, kind, call.ttft_s, call.itl_s, call.prompt_tokens, call.output_tokens)
+        if outcome is not Outcome.OK or sampled(call.id, self.log_ok_share):
+            self._log_line(call, target, ended, duration_s)
 
     def _observe(self, call: Call, target: str, duration_s: float) -> None:
-        deployment = self._deployment
-        self._duration.labels(deployment, target).observe(duration_s)
+        labels = (self._deployment, target)
+        self._duration.observe(labels, duration_s)
         if call.ttft_s is not None:
-            self._ttft.labels(deployment, target).observe(call.ttft_s)
+            self._ttft.observe(labels, call.ttft_s)
         if call.itl_s is not None:
-            self._itl.labels(deployment, target).observe(call.itl_s)
+            self._itl.observe(labels, call.itl_s)
         if call.spilled and call.reason is not None:
-            self._spilled.labels(deployment, target, call.reason.value).inc()
-        self._prompt.labels(deployment, target).inc(call.prompt_tokens)
-        self._output.labels(deployment, target).inc(call.output_tokens)
+            self._spilled.labels(self._deployment, call.spilled_to or target, call.reason.value).inc()
+        self._prompt.add(labels, call.prompt_tokens)
+        carried = call.carried_tokens if call.broke_at else 0
+        if carried:
+            self._output.add((self._deployment, call.broke_at[-1]), carried)
+        self._output.add(labels, call.output_tokens - carried)
 
     def _provider_and_model(self, name: str) -> tuple[str, str]:
         upstream = next((one for one in self._fleet.all if one.name == name), None)
         target = None if upstream is None else upstream.target
         return provider_of(target), "" if target is None else target.model
 
-    def _log_line(self, call: Call, target: str, outcome: Outcome, duration_s: float) -> None:
-        if outcome is Outcome.OK and not sampled(call.id, self.log_ok_share):
-            return
-        forecast = call.forecast
-        fields = {
-            "request_id": call.request_id,
-            "endpoint": call.endpoint,
-            "stream": call.stream,
-            "tenant": call.tenant,
-            "key_id": call.key_id,
-            "tier": call.tier,
-            "model": call.model or None,
-            "prompt": call.prompt,
-            "target": target,
-            "reason": call.reason,
-            "spilled": call.spilled,
-            "blocked": call.blocked,
-            "outcome": outcome.value,
-            "status": call.status,
-            "error": call.error,
-            "attempts": call.attempts,
-            "p_miss": None if forecast is None else round(forecast.p_miss, 4),
-            "ttft_predicted_s": None if forecast is None else round(forecast.ttft_s, 4),
-            "ttft_s": _rounded(call.ttft_s),
-            "itl_s": _rounded(call.itl_s),
-            "duration_s": _rounded(duration_s),
-            "prompt_tokens": call.prompt_tokens,
-            "output_tokens": call.output_tokens,
-            "usd": str(call.usd) if call.usd else None,
-        }
-        self._log.info("request", **{name: value for name, value in fields.items() if value is not None})
+    def _log_line(self, call: Call, target: str, outcome: str, duration_s: float) -> None:
+        fields = line_of_request(call, target, outcome, duration_s)
+        if outcome != OK or not plain(call):
+            self._log.info("request", **fields)
+        elif self._log.info_soon("request", fields) and not self._lines_wait:
+            self._lines_wait = True
+            asyncio.get_running_loop().call_later(LINES_S, self._flush)
+
+    def _flush(self) -> None:
+        self._lines_wait = False
+        flush()
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
@@ -218,36 +189,62 @@ class Telemetry:
     def counted(self, digest: GatewayDigest, now_s: float) -> GatewayDigest:
         """A digest with the counts of its window, `WINDOW_MAX_S` at most."""
         since = now_s - digest.window_s
-        done = _recent(self._finished, since, lambda item: item.at_s)
-        outcomes = Tally(item.outcome for item in done)
-        ttft = sorted(item.ttft_s for item in done if item.ttft_s is not None)
-        itl = sorted(item.itl_s for item in done if item.itl_s is not None)
-        met = [item.met for item in done if item.met is not None]
+        requests = self._finished
+        done = list(requests.since(since))
+        kinds = Tally(requests.kind[index] for index in done)
+        of = [(kind, count) for kind, count in kinds.items() if kind is not None]
+        outcomes: Tally[str] = Tally()
+        for kind, count in of:
+            outcomes[kind.outcome] += count
+        ttft, itl = requests.times(done)
+        judged = sum(count for kind, count in of if kind.met is not None)
+        met = sum(count for kind, count in of if kind.met)
         counts: dict[str, object] = {
-            "arrivals": len(_recent(self._arrivals, since, lambda at: at)),
-            "completed": outcomes[Outcome.OK],
-            "failed": outcomes[Outcome.ERROR] + outcomes[Outcome.CUT],
-            "spilled": sum(item.spilled for item in done),
-            "shed": outcomes[Outcome.SHED],
-            "prompt_tokens": sum(item.prompt_tokens for item in done),
-            "output_tokens": sum(item.output_tokens for item in done),
+            "arrivals": sum(1 for _ in self._arrivals.since(since)),
+            "completed": outcomes[Outcome.OK.value],
+            "failed": outcomes[Outcome.ERROR.value] + outcomes[Outcome.CUT.value],
+            "spilled": sum(count for kind, count in of if kind.spilled),
+            "shed": outcomes[Outcome.SHED.value],
+            "prompt_tokens": sum(requests.prompt_tokens[index] for index in done),
+            "output_tokens": sum(requests.output_tokens[index] for index in done),
             "ttft_p50_s": _quantile(ttft, 0.5),
             "ttft_p95_s": _quantile(ttft, 0.95),
             "itl_p95_s": _quantile(itl, 0.95),
-            "slo_attained": sum(met) / len(met) if met else None,
-            "targets": self._targets(since, done),
+            "slo_attained": met / judged if judged else None,
+            "targets": self._targets(since, of),
         }
         return digest.model_copy(update=counts)
 
-    def _targets(self, since: float, done: list[_Finished]) -> tuple[TargetDigest, ...]:
-        attempts = _recent(self._attempts, since, lambda item: item[0])
-        sent = Tally(name for _, name, _ in attempts)
-        failed = Tally(name for _, name, bad in attempts if bad)
-        usd: dict[str, Decimal] = {}
-        for _, name, amount in _recent(self._money, since, lambda item: item[0]):
-            usd[name] = usd.get(name, Decimal(0)) + amount
-        met = Tally(item.target for item in done if item.met)
-        missed = Tally(name for item in done for name in _missed_by(item))
+    def window(self, digest: GatewayDigest, now_s: float) -> Window:
+        """A digest with what quantiles over several workers need."""
+        requests = self._finished
+        done = list(requests.since(now_s - digest.window_s))
+        ttft, itl = requests.times(done)
+        return Window(
+            digest=digest,
+            judged=sum(1 for index in done if (kind := requests.kind[index]) is not None and kind.met is not None),
+            ttft_count=len(ttft),
+            itl_count=len(itl),
+            ttft_s=thinned(ttft),
+            itl_s=thinned(itl),
+        )
+
+    def _targets(self, since: float, of: list[tuple[Kind, int]]) -> tuple[TargetDigest, ...]:
+        """Of each upstream; `of`: requests that have ended, by kind."""
+        sent: Tally[str] = Tally()
+        failed: Tally[str] = Tally()
+        for index in self._attempts.since(since):
+            sent[self._attempts.upstream[index]] += 1
+            failed[self._attempts.upstream[index]] += self._attempts.failed[index]
+        owed: Tally[str] = Tally()
+        for index in self._money.since(since):
+            owed[self._money.target[index]] += self._money.pico[index]
+        met: Tally[str] = Tally()
+        missed: Tally[str] = Tally()
+        for kind, count in of:
+            met[kind.target] += count if kind.met else 0
+            for name in _missed_by(kind):
+                missed[name] += count
         return tuple(
             TargetDigest(
                 name=name,
@@ -257,32 +254,17 @@ class Telemetry:
                 met=met[name],
                 missed=missed[name],
                 in_flight=self._fleet.in_flight(name),
-                usd=usd.get(name, Decimal(0)),
+                usd=owed[name] / PICO,
             )
             for name, local in self._fleet.names.items()
         )
 
 
-def _missed_by(finished: _Finished) -> set[str]:
+def _missed_by(kind: Kind) -> set[str]:
     """The upstreams at which a request missed the promise: where it ended late or badly, and those that lost it."""
-    return {*finished.lost_at, *([finished.target] if finished.met is False else [])}
-
-
-def _recent(events: deque[T], since_s: float, at: Callable[[T], float]) -> list[T]:
-    """The events not older than `since_s`, oldest first."""
-    found: list[T] = []
-    for event in reversed(events):
-        if at(event) < since_s:
-            break
-        found.append(event)
-    found.reverse()
-    return found
+    return {*kind.lost_at, *([kind.target] if kind.met is False else [])}
 
 
 def _quantile(ordered: list[float], q: float) -> float | None:
     """Nearest-rank quantile of sorted values."""
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 5)

@@ -55,6 +55,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "moestack.blocked": "what kept it from spilling",
     "moestack.outcome": "ok, client_error, error, cut, cancelled or shed",
     "moestack.attempts": "how many upstreams were asked",
+    "moestack.takeover": "continue or splice: how the last attempt, or this one, went on with a stream that broke",
     "moestack.p_miss": "forecast: probability that the first token comes too late",
     "moestack.ttft_predicted_s": "forecast of the time to the first token",
     "moestack.itl_s": "mean seconds between output tokens",
@@ -122,6 +123,7 @@ class Tracing:
                 "gen_ai.request.model": model,
                 "moestack.target": upstream,
                 "moestack.reason": None if call.reason is None else call.reason.value,
+                "moestack.takeover": call.takeover,
             },
         )
         return child
@@ -185,6 +187,7 @@ def _request_attributes(call: Call, operation: str) -> dict[str, Any]:
         "moestack.blocked": None if call.blocked is None else call.blocked.value,
         "moestack.outcome": None if call.outcome is None else call.outcome.value,
         "moestack.attempts": call.attempts,
+        "moestack.takeover": call.takeover,
         "moestack.p_miss": None if forecast is None else forecast.p_miss,
         "moestack.ttft_predicted_s": None if forecast is None else forecast.ttft_s,
         "moestack.itl_s": call.itl_s,

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moe_core import breaker as breakers
 from moe_core.breaker import Breaker, BreakerMode
 from moe_core.config import TargetConfig
-from moe_core.latency import LatencyEstimate
+from moe_core.latency import SLOW_PRIOR, Ended, First, LatencyEstimate, Look, learned
 from moe_core.log import redact
 from moe_core.prices import FREE, Price
 from moe_core.spill import EngineReport
@@ -30,6 +30,8 @@ RETRY_STATUSES = frozenset({408, *OVERLOAD_STATUSES})
 # From a closed API these mean that our own key, account or model name is wrong: the client's request is not to blame.
 CREDENTIAL_STATUSES = frozenset({401, 402, 403, 404})
 TOKENS_PER_BYTE_PRIOR = 0.25
+PROMISES_MAX = 16
+"""ITL promises that are told apart at an upstream: twice the tiers of a resource, for those of before."""
 _KEEP_HEADERS = ("content-type", "retry-after")
 
 
@@ -87,6 +89,11 @@ class Upstream:
     report_at_s: float = 0.0
     replicas: tuple[ReplicaDigest, ...] = ()
     """What its board said last."""
+    odds: dict[float, tuple[float, float]] = field(default_factory=dict)
+    """By ITL SLO of tiers that have their own: told and seen probability of missing it, as `estimate` has them for the
+    deployment's."""
+    prompts_done: float = 0.0
+    """Prompt tokens of all requests whose first token was seen, here or by another worker."""
     tokens_per_byte: float = TOKENS_PER_BYTE_PRIOR
     ours: bool = False
     """Whether it is an engine of this project, which has a board and knows tiers."""
@@ -104,6 +111,28 @@ class Upstream:
 
     def probing(self) -> bool:
         return self.breaker.mode is not BreakerMode.CLOSED
+
+    def estimate_for(self, itl_slo_s: float | None) -> LatencyEstimate:
+        """The estimate by which a promise is weighed; None: the deployment's own. Latency is one, how sure a forecast
+        of missing the promise has proved is each promise's own."""
+        if itl_slo_s is None:
+            return self.estimate
+        told, seen = self.odds.get(itl_slo_s, (SLOW_PRIOR, SLOW_PRIOR))
+        return replace(self.estimate, slow_told=told, slow_seen=seen)
+
+    def learn(self, seen: First | Ended | Look, now_s: float, itl_slo_s: float) -> None:
+        """Move the estimate by a measurement. `itl_slo_s`: the deployment's promise."""
+        own_s = seen.itl_slo_s if isinstance(seen, Ended) else None
+        if isinstance(seen, First):
+            self.prompts_done += seen.prompt_tokens
+        after = learned(self.estimate_for(own_s), seen, now_s, itl_slo_s)
+        if own_s is not None:
+            self.odds.pop(own_s, None)
+            self.odds[own_s] = (after.slow_told, after.slow_seen)
+            if len(self.odds) > PROMISES_MAX:
+                del self.odds[next(iter(self.odds))]
+            after = replace(after, slow_told=self.estimate.slow_told, slow_seen=self.estimate.slow_seen)
+        self.estimate = after
 
     def prompt_tokens(self, body_bytes: int) -> int:
         """Prompt tokens that a body of so many bytes has here, from the usage of earlier answers."""

@@ -12,10 +12,13 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
+
+from moe_gateway.deadlines import Deadlines
 
 IDLE_S = 4.0
 """Servers commonly close idle connections after 5 s; a POST sent into that closing would be lost, and not retried."""
@@ -87,7 +90,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, wire: Wire, endpoint: Endpoint) -> None:
         self._wire = wire
         self.endpoint = endpoint
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self.idle_since_s = 0.0
@@ -123,7 +126,6 @@ class _Connection(asyncio.Protocol):
         if self._transport is None:
             raise ConnectionLost("closed before the request was sent")
         self._fresh()
-        self._parser = httptools.HttpResponseParser(self)
         self._busy = True
         try:
             self._transport.write(data)
@@ -199,7 +201,7 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
+        self._waiter = self.loop.create_future()
         try:
             await self._waiter
         finally:
@@ -302,19 +304,16 @@ class Wire:
     def __init__(self, *, connect_s: float = 2.0, tls: ssl.SSLContext | None = None) -> None:
         self._connect_s = connect_s
         self._tls = tls
+        self.deadlines = Deadlines()
+        """For the limits of whoever calls."""
         self._idle: dict[Endpoint, list[_Connection]] = {}
         self._all: set[_Connection] = set()
 
     async def post(self, url: str, data: bytes, headers: Mapping[str, str]) -> Response:
         """POST, and the head of the answer. Raises ConnectFailed while nothing was sent, ConnectionLost after it,
         ValueError for an address or a header that cannot be."""
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError(f"{url[:200]!r}: an http or https address is wanted")
-        tls = parts.scheme == "https"
-        endpoint = (parts.hostname, parts.port or (443 if tls else 80), tls)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        request = _head(target, parts.netloc.rpartition("@")[2], headers, len(data)) + data
+        endpoint, first = _place(url)
+        request = _head(first, headers, len(data)) + data
         connection = self._take(endpoint) or await self._connect(endpoint)
         return await connection.ask(request)
 
@@ -325,7 +324,7 @@ class Wire:
     # Connections
 
     def keep(self, connection: _Connection) -> None:
-        connection.idle_since_s = asyncio.get_running_loop().time()
+        connection.idle_since_s = connection.loop.time()
         self._idle.setdefault(connection.endpoint, []).append(connection)
 
     def forget(self, connection: _Connection) -> None:
@@ -369,19 +368,35 @@ class Wire:
         return connection
 
 
-def _head(target: str, host: str, headers: Mapping[str, str], length: int) -> bytes:
-    lines = [f"POST {target} HTTP/1.1\r\nhost: {host}\r\n"]
+@lru_cache(maxsize=256)  # a gateway has a handful of upstreams, and this takes longer than the request itself
+def _place(url: str) -> tuple[Endpoint, str]:
+    """Where an address leads, and the lines that a request begins with there. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError(f"{url[:200]!r}: an http or https address is wanted")
+    tls = parts.scheme == "https"
+    endpoint = (parts.hostname, parts.port or (443 if tls else 80), tls)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if b" " in target.encode() or any(character < 33 for character in target.encode()):
+        raise ValueError(f"{target[:200]!r}: blanks or control characters in an address")
+    return endpoint, f"POST {target} HTTP/1.1\r\nhost: {parts.netloc.rpartition('@')[2]}\r\n"
+
+
+def _head(first: str, headers: Mapping[str, str], length: int) -> bytes:
+    lines = [first]
     for name, value in headers.items():
-        if not name or not _TOKEN.issuperset(name.encode("latin-1")):
+        if not _is_name(name):
             raise ValueError(f"header {name[:60]!r}: not a name")
         if "\r" in value or "\n" in value or "\0" in value:
             raise ValueError(f"header {name}: a line break in its value")
         lines.append(f"{name}: {value}\r\n")
     lines.append(f"content-length: {length}\r\n\r\n")
-    head = "".join(lines).encode("latin-1")
-    if b" " in target.encode() or any(character < 33 for character in target.encode()):
-        raise ValueError(f"{target[:200]!r}: blanks or control characters in an address")
-    return head
+    return "".join(lines).encode("latin-1")
+
+
+@lru_cache(maxsize=256)
+def _is_name(name: str) -> bool:
+    return bool(name) and _TOKEN.issuperset(name.encode("latin-1"))
 
 
 _TLS: list[ssl.SSLContext] = []

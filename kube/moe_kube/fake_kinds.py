@@ -32,6 +32,8 @@ BUILT_IN: tuple[Kind, ...] = (
     objects.DEPLOYMENT,
     objects.SERVICE,
     objects.SERVICE_ACCOUNT,
+    objects.ROLE,
+    objects.ROLE_BINDING,
     objects.CONFIG_MAP,
     objects.POD,
     objects.NAMESPACE,
@@ -48,9 +50,11 @@ ALL: tuple[Kind, ...] = (*BUILT_IN, *CUSTOM)
 
 _NO_STATUS = {
     *("ConfigMap", "ServiceAccount", "ControllerRevision", "Lease", "Event", "EndpointSlice", "NetworkPolicy"),
+    *("Role", "RoleBinding"),
 }
 _NO_GENERATION = {
     *("ConfigMap", "ServiceAccount", "ControllerRevision", "Lease", "Event", "Service", "Namespace"),
+    *("Role", "RoleBinding"),
 }
 _RAW = {objects.CONTROLLER_REVISION, objects.CUSTOM_RESOURCE_DEFINITION}
 """Built-in kinds that carry documents of others, which the server leaves as they are."""

@@ -23,6 +23,9 @@ Key = tuple[str, str]
 REQUIRED: tuple[Kind, ...] = (
     k.CONTROLLER_REVISION,
     k.CONFIG_MAP,
+    k.SERVICE_ACCOUNT,
+    k.ROLE,
+    k.ROLE_BINDING,
     k.SERVICE,
     k.DEPLOYMENT,
     k.HORIZONTAL_POD_AUTOSCALER,

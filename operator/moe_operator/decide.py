@@ -22,7 +22,7 @@ from moe_kube.objects import Ref
 from moe_operator import live
 from moe_operator.children import MESSAGE_MAX, NOT_OURS, Child, ClusterFacts
 from moe_operator.conditions import Trouble, judge, timed
-from moe_operator.names import board_name
+from moe_operator.names import board_name, gateway_budget_name
 from moe_operator.record import Bounds, RevisionRecord
 from moe_operator.render import gateway, monitoring, revision
 from moe_operator.render.objects import RENDERER_VERSION, Rendered
@@ -287,6 +287,8 @@ def _removals(snapshot: Snapshot, rollout: Rollout | None, objects: tuple[Render
         for name in (rollout.wanted if rollout is not None else ())
         for kind, own in ((k.RAY_SERVICE, name), (k.CONTROLLER_REVISION, name), (k.SERVICE, board_name(name)))
     }
+    # Books that were begun anew would spend a day's budget twice: they go with the MoEDeployment alone.
+    kept.add(Ref(k.CONFIG_MAP, snapshot.owner.namespace, gateway_budget_name(snapshot.owner.name)))
     # A gateway that cannot be made as asked goes on as it was: a mistake in the spec is no reason for an outage.
     stays = gateway.names(snapshot.owner) if snapshot.gateway_problems else frozenset()
     surplus = [

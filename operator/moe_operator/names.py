@@ -12,6 +12,8 @@ BOARD_PORT = 8100
 SERVE_PORT = 8000
 GATEWAY_PORT = 8000
 GATEWAY_ADMIN_PORT = 8001
+GATEWAY_TELL_PORT = 8002
+"""Of a pod's first worker (UDP); each further one takes the next."""
 MANAGED_BY = {"app.kubernetes.io/managed-by": OPERATOR_MANAGER}
 MANAGED_SELECTOR = f"app.kubernetes.io/managed-by={OPERATOR_MANAGER}"
 
@@ -70,6 +72,11 @@ def gateway_name(deployment: str) -> str:
 
 def gateway_admin_name(deployment: str) -> str:
     return f"{deployment}-gateway-admin"
+
+
+def gateway_budget_name(deployment: str) -> str:
+    """Name of the ConfigMap in which gateways keep their books."""
+    return f"{deployment}-gateway-budget"
 
 
 def engine_policy_name(deployment: str) -> str:

@@ -24,6 +24,7 @@ from moe_kube import objects as k
 from moe_kube.calls import Verb
 from moe_kube.objects import Kind
 from moe_operator.children import NOT_OURS, WATCHED
+from moe_operator.render.books import BOOKS_VERBS
 from moe_operator.server import LEASE_NAME
 
 NAME = "moestack-operator"
@@ -57,6 +58,8 @@ OBJECTS: tuple[Right, ...] = (
     _right(k.MOE_DEPLOYMENT, "update", subresource="finalizers"),
     # Server-side apply is `patch`, and `create` as well where it makes the object.
     *(_right(kind, "get", "list", "watch", "create", "patch", "delete") for kind in WATCHED if kind not in NOT_OURS),
+    # No call: the API server lets nobody grant a right that they lack, and gateways get this one on their books alone.
+    _right(k.CONFIG_MAP, *BOOKS_VERBS),
     # Bounds of worker groups reach a live RayCluster by JSON patch alone.
     _right(k.RAY_CLUSTER, "list", "watch", "patch"),
     _right(k.ENDPOINT_SLICE, "list", "watch"),

@@ -142,11 +142,18 @@ class GatewayPods:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=pod_environment(self._edge.network),
+                env=pod_environment(self._edge.network) | self._account(pod),
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509  it makes one system call and takes no lock
             )
         return Pod(namespace, deployment, address, folder, text, process, time.monotonic())
+
+    def _account(self, pod: dict[str, Any]) -> dict[str, str]:
+        """The credentials of a pod that has any: those of its own service account."""
+        if not pod["spec"].get("automountServiceAccountToken", True):
+            return {}
+        account = self._plane.service_account(pod["metadata"]["namespace"], pod["spec"]["serviceAccountName"])
+        return {"KUBECONFIG": str(account)}
 
     def _write(self, folder: Path, namespace: str, address: str, text: str) -> None:
         """Its configuration, as that pod sees it; replaced at once, as kubelets do."""
@@ -154,6 +161,8 @@ class GatewayPods:
         key = folder / "key"
         key.write_text("sk-test")
         config |= {"host": address, "adminHost": address, "stateDir": str(folder)}
+        if config.get("siblings"):
+            config["siblings"] |= {"host": address, "peers": []}  # a name server is not there
         for revision in config["revisions"]:
             revision["url"] = self._edge.engine_url(namespace, revision["name"])
             revision.pop("boardUrl", None)

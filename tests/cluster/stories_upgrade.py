@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from moe_gateway.money import Book, total
+from moe_gateway.money_object import KEY
+from moe_operator.names import gateway_budget_name
 from tests.cluster.edge import CLOSED, Trickle
 from tests.cluster.life import NAME, Life, story
 
@@ -21,6 +24,7 @@ FALLBACK: dict[str, Any] = {
             "model": "spare",
             "baseUrl": "https://spare.example.com/v1",
             "zeroRetention": True,
+            "price": {"inputUsdPerMTokens": 1, "outputUsdPerMTokens": 2},
         }
     ],
     "fallback.budget": {"usdPerDay": "200"},
@@ -102,6 +106,13 @@ def surge_goes_back_from_what_breaks_the_slo(life: Life) -> None:
     assert life.stage.edge.asked(life.namespace, new) > 0
 
 
+def spent(life: Life) -> int:
+    """Pico-dollars of all days in the deployment's books."""
+    books = life.get("configmaps", gateway_budget_name(NAME))
+    text = "" if books is None else books.get("data", {}).get(KEY, "")
+    return sum(total(day.known()) for day in Book.read(text.encode()).days.values())
+
+
 @story
 def bridge_crosses_on_the_closed_api_and_no_request_fails(life: Life) -> None:
     bridge = {"upgrade.strategy": "Bridge", **FALLBACK}
@@ -120,6 +131,8 @@ def bridge_crosses_on_the_closed_api_and_no_request_fails(life: Life) -> None:
     assert [request.why for request in trickle.failed()] == []
     assert most == 1, "never two clusters at once"
     assert life.stage.edge.asked(life.namespace, CLOSED) > 0
+    # What that cost is in the books of the cluster, written by pods with their own account.
+    life.until("the books tell of it", lambda: spent(life) > 0)
 
 
 @story

@@ -107,7 +107,7 @@ def test_kuberay_makes_pods_that_a_restricted_namespace_admits(
     where = f"/api/v1/namespaces/{namespace}"
     assert kuberay.ask("PATCH", where, level, content_type="application/merge-patch+json").ok
     for made in rendered(CASES[name]):
-        if made.ref.kind in (k.RAY_SERVICE, k.DEPLOYMENT, k.SERVICE):
+        if made.ref.kind in (k.RAY_SERVICE, k.DEPLOYMENT, k.SERVICE, k.SERVICE_ACCOUNT):
             applied(kuberay, made, settled_in(kuberay, made, namespace))
     service = k.RAY_SERVICE.path(namespace, CASES[name].revision)
 
@@ -122,14 +122,14 @@ def test_kuberay_makes_pods_that_a_restricted_namespace_admits(
     assert limits == [gpus] * workers
     (head,) = (pod for pod in running if pod["metadata"]["labels"].get("ray.io/node-type") == "head")
     assert [container["name"] for container in head["spec"]["containers"]] == ["ray-head", "autoscaler"]
-    tokens = [
+    tokens = {
         container["name"]
         for pod in running
         for container in pod["spec"]["containers"]
         for mount in container["volumeMounts"]
         if mount["mountPath"].startswith("/var/run/secrets/kubernetes.io")
-    ]
-    assert tokens == ["autoscaler"], "nobody else speaks to the API server"
+    }
+    assert tokens == {"autoscaler", "gateway"}, "no engine speaks to the API server; gateways keep their books there"
     assert any(pod["metadata"]["labels"]["app.kubernetes.io/component"] == "gateway" for pod in running)
 
 

@@ -66,7 +66,12 @@ RICH: Obj = {
             }
         ],
         "trigger": {"missProbability": "0.4", "shareCap": "0.9"},
-        "budget": {"usdPerDay": "200", "usdPerMonth": "5000"},
+        "budget": {
+            "usdPerDay": "200",
+            "usdPerMonth": "5000",
+            "tenantUsdPerDay": "20",
+            "tenants": [{"name": "alice", "usdPerDay": "50"}],
+        },
         "dataPolicy": {"egress": "Allowed", "regions": ["eu-north-1"]},
     },
     "tuning": {
@@ -82,7 +87,10 @@ RICH: Obj = {
             "annotations": {"x": "y"},
         },
         "replicas": {"min": 1, "max": 3},
+        "workers": 2,
+        "siblingsSecretRef": {"name": "siblings", "key": "text"},
         "budgetStore": {"urlSecretRef": {"name": "store", "key": "url"}},
+        "sessions": {"by": ["Header"]},
     },
     "upgrade": {"steps": [100], "stepDuration": "1s", "progressDeadline": "60s", "drainTimeout": "1s"},
     "podTemplate": {

@@ -41,12 +41,11 @@ SILENT = {
     **dict.fromkeys(("gateway.auth.secretName", "gateway.auth.issuer", "gateway.auth.audience"), NOT_ASKED),
     **dict.fromkeys(("gateway.auth.tenantClaim", "gateway.exposure.host", "gateway.exposure.className"), NOT_ASKED),
     **dict.fromkeys(("gateway.exposure.tlsSecretName", "engine.apiKeySecretRef."), NOT_ASKED),
+    "gateway.budgetStore.urlSecretRef.": NOT_ASKED,
 }
 """Leaves, by the beginning of their path, whose changes show in no child and in no condition, and why."""
 UNHEEDED = {
-    "tiers[].slo.": "spec.tiers[0].slo",
     "quality.tiers[].": "spec.quality.tiers",
-    "gateway.budgetStore.": "spec.gateway.budgetStore",
     "fallback.targets[].limits.": "spec.fallback.targets[0].limits",
     "monitoring.dashboards": "spec.monitoring.dashboards",
 }
@@ -221,8 +220,10 @@ def _seen(seen: Picture) -> Any:
 
 
 def _comparable(seen: Picture) -> Picture:
-    """Without what a revision keeps from its birth by design (ADR 0014): see PINNED."""
-    return {ref: _unpinned(ref, obj) for ref, obj in seen.items()}
+    """Without what a revision keeps from its birth by design (ADR 0014): see PINNED. And without the budget's books,
+    which stay once they were begun."""
+    books = f"{k.CONFIG_MAP.kind} serving/moe-gateway-budget"
+    return {ref: _unpinned(ref, obj) for ref, obj in seen.items() if ref != books}
 
 
 def _unpinned(ref: str, obj: Obj) -> Obj:

@@ -14,11 +14,19 @@ from moe_kube.faults import Call, Journal, Rule, answer
 from moe_kube.objects import MOE_DEPLOYMENT, Kind, Obj, Ref
 from moe_operator import rbac
 from moe_operator.children import NOT_OURS, WATCHED
+from moe_operator.names import Owner
+from moe_operator.render import books
 from moe_operator.server import LEASE_NAME
 from tests.controller.operators import LEASE, SPEC, Bench
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "manifests" / "operator" / "rbac.yaml"
+FALLBACK = {
+    "targets": [
+        {"name": "gpt", "provider": "openai", "model": "gpt-5.5", "secretRef": {"name": "openai", "key": "apiKey"}}
+    ],
+    "budget": {"usdPerDay": "200"},
+}
 Used = tuple[str, str, str]
 """API group, resource with its subresource, verb."""
 
@@ -55,7 +63,7 @@ async def life(bench: Bench) -> None:
     auth = {"mode": "APIKeys", "secretName": "keys"}
     exposed = {"auth": auth, "exposure": {"kind": "Ingress", "host": "moe.example.com"}}
     routed = {"auth": auth, "exposure": {"kind": "HTTPRoute", "host": "moe.example.com", "className": "public"}}
-    bench.put("one", {**SPEC, "gateway": exposed})
+    bench.put("one", {**SPEC, "gateway": exposed, "fallback": FALLBACK})
     bench.put("two", {**SPEC, "gateway": routed})
     failure = Rule(answer(503), verbs=frozenset({"apply"}), kinds=frozenset({k.RAY_SERVICE}), times=3)
     async with bench.operator("one", failure) as operator:
@@ -78,6 +86,8 @@ async def test_every_call_of_a_life_has_a_right_and_every_right_a_call() -> None
     calls = bench.journal.calls
     # Admission asks for this one: of whoever makes an object that holds up the deletion of its owner.
     admission = {("moestack.dev", "moedeployments/finalizers", "update")}
+    # And for this one: of whoever grants it, as gateways get it on their books.
+    admission |= {("", "configmaps", "update")}
     applied = [call.body for call in calls if call.verb == "apply" and not call.subresource]
     owners = [owner for body in applied for owner in body["metadata"].get("ownerReferences", ())]
     assert any(owner.get("blockOwnerDeletion") and owner["kind"] == "MoEDeployment" for owner in owners)
@@ -87,6 +97,24 @@ async def test_every_call_of_a_life_has_a_right_and_every_right_a_call() -> None
     assert all(right.names == (LEASE_NAME,) for right in rbac.OWN if right.verbs != {"create"})
 
 
+def test_a_gateway_may_touch_its_books_and_nothing_else() -> None:
+    owner = Owner("team", "one", "uid")
+    role, binding = (
+        next(made for made in books.objects(owner) if made.ref.kind == kind) for kind in (k.ROLE, k.ROLE_BINDING)
+    )
+    (rule,) = role.body["rules"]
+    assert rule == {
+        "apiGroups": [""],
+        "resources": ["configmaps"],
+        "resourceNames": ["one-gateway-budget"],
+        "verbs": ["get", "update"],
+    }
+    assert binding.body["roleRef"]["name"] == role.ref.name
+    assert binding.body["subjects"] == [{"kind": "ServiceAccount", "name": role.ref.name, "namespace": "team"}]
+    held = {verb for right in rbac.OBJECTS if right.kind == k.CONFIG_MAP for verb in right.verbs}
+    assert held >= set(rule["verbs"]), "nobody grants a right that they lack"
+
+
 def documents(**config: Any) -> list[Obj]:
     return rbac.documents(OperatorConfig(**config))
 
@@ -94,12 +122,18 @@ def documents(**config: Any) -> list[Obj]:
 @pytest.mark.parametrize(
     "config", [{}, {"namespaces": ("a", "b")}, {"namespace": "elsewhere"}], ids=["cluster", "namespaces", "elsewhere"]
 )
-def test_no_secret_no_wildcard_no_role_can_be_had_from_it(config: dict[str, Any]) -> None:
+def test_no_secret_no_wildcard_no_more_rights_than_its_own_can_be_had_from_it(config: dict[str, Any]) -> None:
+    """It makes roles; without `escalate` and `bind` the API server lets none of them hold a right that it lacks."""
     for document in documents(**config):
         for rule in document.get("rules", ()):
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
             assert not {"escalate", "bind", "impersonate", "deletecollection"} & set(rule["verbs"])
-            assert not {r.partition("/")[0] for r in rule["resources"]} & {"secrets", "roles", "pods", "clusterroles"}
+            assert not {r.partition("/")[0] for r in rule["resources"]} & {
+                "secrets",
+                "pods",
+                "clusterroles",
+                "clusterrolebindings",
+            }
 
 
 def test_cluster_wide_it_gets_one_cluster_role_and_its_lease_at_home() -> None:

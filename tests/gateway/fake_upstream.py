@@ -21,6 +21,12 @@ def chunk(text: str | None = None, **more: Any) -> bytes:
     return b"data: " + json.dumps(document).encode() + b"\n\n"
 
 
+def text_chunk(text: str) -> bytes:
+    """One streamed event of a completions call."""
+    document = {"id": "c1", "object": "text_completion", "choices": [{"index": 0, "text": text, "finish_reason": None}]}
+    return b"data: " + json.dumps(document).encode() + b"\n\n"
+
+
 def usage_chunk(prompt: int, output: int) -> bytes:
     document = {"id": "c1", "choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": output}}
     return b"data: " + json.dumps(document).encode() + b"\n\n"
@@ -37,6 +43,8 @@ class Behaviour:
     status: int = 200
     body: bytes | None = None
     tokens: int = 3
+    words: tuple[str, ...] = ()
+    """The tokens themselves, in place of w0, w1…"""
     prompt_tokens: int = 10
     reset: bool = False
     """Close the connection without an answer."""
@@ -56,7 +64,8 @@ class Behaviour:
     """Send `raw` so many times."""
     gap_s: float = 0.0
     gate: asyncio.Event | None = None
-    """Closed until set: an answer in one piece waits before it, a stream before its last event."""
+    """Closed until set: an answer in one piece waits before it, a stream before its last event, or before it
+    is cut."""
     first_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -164,15 +173,16 @@ class FakeUpstream:
         await write(chunk())
         if how.role_then_stall:
             await asyncio.sleep(3600)
-        for index in range(how.tokens):
+        words = how.words or tuple(f"w{index} " for index in range(how.tokens))
+        for index, word in enumerate(words):
             if how.stall_after == index:
                 await asyncio.sleep(3600)
             if how.cut_after == index:
-                await asyncio.sleep(0.02)
+                await (asyncio.sleep(0.02) if how.gate is None else how.gate.wait())
                 assert request.transport is not None
                 request.transport.abort()
                 return response
-            await write(chunk(f"w{index} "))
+            await write(chunk(word) if "messages" in document else text_chunk(word))
             if how.after is not None:
                 await write(how.after)
                 return response
@@ -181,6 +191,6 @@ class FakeUpstream:
             await how.gate.wait()
         await write(FINISH)
         if (document.get("stream_options") or {}).get("include_usage"):
-            await write(usage_chunk(how.prompt_tokens, how.tokens))
+            await write(usage_chunk(how.prompt_tokens, len(words)))
         await write(DONE)
         return response

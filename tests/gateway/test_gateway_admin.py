@@ -150,7 +150,7 @@ async def test_a_revision_is_judged_by_what_ended_there_and_what_it_lost() -> No
     """Of r0: two within the SLO, one too slow between tokens, one cut, one refused (and saved by t0), one lost before
     its first token; a client's own error judges nobody."""
     async with FakeUpstream() as local, FakeUpstream() as api:
-        settings = config(local, api, slo={"ttftP95S": 5.0, "itlP95S": 0.05})
+        settings = config(local, api, slo={"ttftP95S": 5.0, "itlP95S": 0.05}, spill={"missProbability": 1.0})
         async with running(settings) as client:
             local.behaviours = [
                 Behaviour(),

@@ -235,6 +235,15 @@ async def test_processes_share_one_limit(tmp_path: Path) -> None:
     await asyncio.gather(*(budget.close() for budget in budgets))
 
 
+async def test_of_those_who_wait_for_one_tranche_none_is_refused_what_there_is() -> None:
+    """A tranche is taken for the first of them and serves it alone; the others lease their own."""
+    budget = Budget(MemoryStore(), Limits(Decimal(1)), FakeClock())
+    await budget.open()
+    granted = await asyncio.gather(*(budget.reserve(str(number), "t", Decimal("0.04")) for number in range(30)))
+    assert granted.count(True) == 25
+    await budget.close()
+
+
 async def test_the_limit_is_of_a_day_and_a_clock_step_back_opens_none(tmp_path: Path) -> None:
     clock = FakeClock()
     budget = Budget(MemoryStore(), Limits(Decimal(1)), clock, tmp_path)

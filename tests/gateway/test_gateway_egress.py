@@ -202,8 +202,8 @@ async def test_a_policy_that_tightens_after_the_choice_still_holds(
         assert (await client.post(chat(), x_moestack_tenant="acme")).status == 200
         choose = gateway.decide
 
-        def and_then_tighten(*args: Any) -> Any:
-            decision = choose(*args)
+        def and_then_tighten(*args: Any, **named: Any) -> Any:
+            decision = choose(*args, **named)
             if decision.target == "t0":
                 tight = EgressConfig(deployment=NEVER)
                 gateway.config = gateway.config.model_copy(update={"egress": tight})

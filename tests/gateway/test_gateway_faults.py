@@ -152,8 +152,8 @@ async def test_a_dead_local_side_costs_a_few_probes_not_one_for_each_request() -
     ):
         answers = [await client.post(chat(), x_moestack_explain="1") for _ in range(12)]
         assert {answer.status for answer in answers} == {200}
-        assert len(local.requests) == 3
-        assert answers[-1].headers["x-moestack-reason"] == "local_down"
+        assert 3 <= len(local.requests) <= 5  # a probe for each second that twelve requests may take
+        assert "local_down" in {answer.headers["x-moestack-reason"] for answer in answers[-3:]}
         local.default = Behaviour()
         client.server.gateway.upstreams["r0"].breaker = _due(client)
         assert (await client.post(chat(), x_moestack_explain="1")).headers["x-moestack-target"] == "r0"

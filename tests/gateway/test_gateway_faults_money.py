@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,27 @@ async def test_a_client_that_reads_nothing_is_let_go_and_pays_for_what_came(tmp_
             assert (cost - usd(PROMPT, 0)) % usd(0, 1) == 0, "whole events"
 
 
-async def test_a_clock_that_jumps_loses_no_request_and_no_money(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "before", [False, True], ids=["in mid-stream", "before a request: to a fourth day, the oldest"]
+)
+async def test_a_clock_that_jumps_loses_no_request_and_no_money(before: bool, tmp_path: Path) -> None:
     async with FakeUpstream() as local, FakeUpstream(Behaviour(tokens=6, gap_s=0.05)) as target:
         await local.close()
         clock = _Jumping()
         async with running(paid(local, target, tmp_path, "1"), clock) as client:
-            for jump_s in (2 * 86_400.0, -4 * 86_400.0, 3600.0, -1e9):
+            for asked, jump_s in enumerate((2 * 86_400.0, -4 * 86_400.0, 3600.0, -1e9), 1):
+                clock.offset_s += jump_s if before else 0
                 stream = asyncio.create_task(client.post(ASKED))
-                await until(lambda: bool(client.server.gateway.calls))
-                clock.offset_s += jump_s
+                await until(partial(_asked, target, asked))  # its money is set aside: on the day that it is now
+                clock.offset_s += 0 if before else jump_s
                 answer = await stream
                 assert (answer.status, answer.events[-1]) == (200, "[DONE]")
             await until(lambda: not client.server.gateway.calls)
         assert await _spent(client.server.gateway.config) == 4 * usd(10, 6)
+
+
+def _asked(target: FakeUpstream, times: int) -> bool:
+    return len(target.requests) == times
 
 
 class _Jumping(SystemClock):
@@ -128,14 +137,15 @@ class _Jumping(SystemClock):
 
 
 async def _spent(settings: GatewayConfig) -> Decimal:
-    """What the store says after the process has ended, over all its days."""
+    """What the store says after the process has ended, over all its days, and those that were folded into months."""
     assert settings.state_dir is not None
     store = SqliteStore(Path(settings.state_dir) / "budget.sqlite", settings.deployment)
     budget = Budget(store, Limits(Decimal(10**6)), SystemClock())
     await budget.open()
     try:
         book = await budget.books()
-        return Decimal(sum(total(day.known()) for day in book.days.values())) / PICO
+        folded = sum(total(month) for month in book.months.values())
+        return Decimal(folded + sum(total(day.known()) for day in book.days.values())) / PICO
     finally:
         await budget.close()
 

@@ -191,3 +191,23 @@ def test_a_sample_has_its_share(share: float) -> None:
 def test_the_references_tables_are_made_from_the_code() -> None:
     text = reference.DOCS.read_text()
     assert reference.written(text) == text, "write them anew: python -m tests.gateway.reference"
+
+
+async def test_a_stream_gone_on_with_is_one_line_and_one_trace_of_two_attempts(lines: list[dict[str, Any]]) -> None:
+    rest = Behaviour(words=("w2 ", "w3 "))
+    async with FakeUpstream(rest) as local, running(config(local, midStream={"mode": "Continue"})) as client:
+        spans = traced(client)
+        local.behaviours = [Behaviour(cut_after=2, tokens=5)]
+        assert (await client.post(chat())).events[-1] == "[DONE]"
+    (broke,) = [line for line in lines if line["msg"] == "stream broke"]
+    assert (broke["target"], broke["broke"], broke["takeover"], broke["to"]) == ("r0", "lost", "continue", "r0")
+    (line,) = [line for line in lines if line["msg"] == "request"]
+    told = {"outcome": "ok", "attempts": 2, "takeover": "continue", "broke_at": ["r0"], "tokens_before": 2}
+    assert told.items() <= line.items()
+    assert (line["output_tokens"], "error" in line) == (4, False)
+    first, second, request = spans.get_finished_spans()
+    assert first.parent is not None
+    assert second.parent is not None
+    assert first.parent.span_id == second.parent.span_id == request.context.span_id
+    assert [span.status.status_code.name for span in (first, second, request)] == ["ERROR", "UNSET", "UNSET"]
+    assert {"moestack.takeover": "continue", "moestack.attempts": 2}.items() <= dict(request.attributes or {}).items()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from moe_gateway.openai_api import Usage
-from moe_gateway.providers.base import Stream
-from moe_gateway.sse import MAX_EVENT_BYTES
+from moe_gateway.providers.anthropic import MessagesStream
+from moe_gateway.sse import MAX_EVENT_BYTES, StreamReader
 from tests.gateway.test_gateway_providers import adapter, asked
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
@@ -87,12 +87,12 @@ CLAUDE_TOOLS = started() + tool(0, "t1", '{"city": ', '"Oslo"}') + tool(1, "t2")
 GEMINI_TOOLS = gemini(call("t1")) + gemini(call("t2")) + gemini(reason="STOP", output=4)
 
 
-def reader(provider: str, **more: Any) -> Stream:
+def reader(provider: str, **more: Any) -> StreamReader:
     options = {"include_usage": True}
     return adapter(provider).stream(asked(stream=True, stream_options=options, **more))
 
 
-def run(stream: Stream, raw: bytes, cuts: tuple[int, ...] = ()) -> bytes:
+def run(stream: StreamReader, raw: bytes, cuts: tuple[int, ...] = ()) -> bytes:
     out, last = b"", 0
     for cut in [*sorted(cuts), len(raw)]:
         out += stream.feed(raw[last:cut])
@@ -173,6 +173,15 @@ def test_an_error_in_band_is_openais_and_ends_the_stream(provider: str, raw: byt
     assert json.loads(out.removeprefix(b"data: "))["error"]["message"] == "the model failed"
     assert stream.broken
     assert not stream.complete
+
+
+def test_a_client_in_anthropics_form_does_not_get_the_providers_words() -> None:
+    stream = MessagesStream(created=0, include_usage=True, raw=True)
+    whole = started() + text(0, "a")
+    error = {"type": "error", "error": {"type": "authentication_error", "message": "sk-ant-ours is no key"}}
+    assert run(stream, whole + b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n") == whole
+    assert stream.broken
+    assert not stream.keep_error, "the gateway writes an error of its own"
 
 
 @pytest.mark.parametrize("reason", ["MALFORMED_FUNCTION_CALL", "MISSING_THOUGHT_SIGNATURE"])

@@ -11,7 +11,8 @@ import pytest
 
 from moe_core.clock import SystemClock
 from moe_core.config import GatewayConfig, SiblingsConfig
-from moe_gateway.siblings import Counts, Ended, First, Siblings, Telling
+from moe_core.latency import Ended, First
+from moe_gateway.siblings import Counts, Siblings, Telling
 from moe_gateway.state import Gateway
 
 KEY = b"shared"
@@ -94,18 +95,20 @@ async def eventually(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+CONFIG = GatewayConfig.model_validate(
+    {
+        "deployment": "ns/d",
+        "model": "m",
+        "revisions": [{"name": "r0", "url": "http://127.0.0.1:1/v1"}],
+        "weights": {"r0": 100},
+        "slo": {"ttftP95S": 1.0, "itlP95S": 0.1},
+    }
+)
+
+
 async def test_two_workers_of_a_pod_know_each_others_requests() -> None:
-    config = GatewayConfig.model_validate(
-        {
-            "deployment": "ns/d",
-            "model": "m",
-            "revisions": [{"name": "r0", "url": "http://127.0.0.1:1/v1"}],
-            "weights": {"r0": 100},
-            "slo": {"ttftP95S": 1.0, "itlP95S": 0.1},
-        }
-    )
     told = SiblingsConfig(host="127.0.0.1", port=_free_ports(), workers=2)
-    workers = [Gateway(config, SystemClock(), name=f"w{n}") for n in range(2)]
+    workers = [Gateway(CONFIG, SystemClock(), name=f"w{n}") for n in range(2)]
     tasks = [asyncio.create_task(Telling(worker, told).run()) for worker in workers]
     try:
         one, other = workers
@@ -121,3 +124,21 @@ async def test_two_workers_of_a_pod_know_each_others_requests() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         for worker in workers:
             await worker.close()
+
+
+async def test_pods_that_come_and_go_are_found_without_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is looked up again; what cannot be looked up keeps the addresses that it had."""
+    answers: list[list[str] | None] = [["10.0.0.1"], ["10.0.0.1", "10.0.0.2"], None, ["10.0.0.2"]]
+    loop = asyncio.get_running_loop()
+
+    async def lookup(*_: object, **__: object) -> list[Any]:
+        found = answers.pop(0)
+        if found is None:
+            raise socket.gaierror("no answer")
+        return [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", (address, 0)) for address in found]
+
+    monkeypatch.setattr(loop, "getaddrinfo", lookup)
+    settings = SiblingsConfig(port=9000, workers=2, peers=("pods.ns.svc",))
+    telling = Telling(Gateway(CONFIG, SystemClock()), settings)
+    seen = [{address for address, _ in await telling._resolve(loop, 9000)} - {"127.0.0.1"} for _ in range(4)]
+    assert seen == [{"10.0.0.1"}, {"10.0.0.1", "10.0.0.2"}, {"10.0.0.1", "10.0.0.2"}, {"10.0.0.2"}]

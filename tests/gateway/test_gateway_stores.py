@@ -21,7 +21,7 @@ from moe_core.clock import FakeClock
 from moe_core.config import BudgetStoreConfig, GatewayConfig
 from moe_gateway import money_stores
 from moe_gateway.budget import Budget, BudgetUnavailable
-from moe_gateway.money import MAX_BYTES, Book, Limits, total
+from moe_gateway.money import MAX_BYTES, Book, Entry, Limits, total
 from moe_gateway.money_object import ObjectStore
 from moe_gateway.money_remote import PostgresStore, ValkeyStore
 from moe_gateway.money_store import MemoryStore, SqliteStore, Store, StoreGone
@@ -308,3 +308,14 @@ def test_a_day_is_folded_by_number_and_what_was_never_reported_is_lost() -> None
     assert book.spent_in_month("2026-11") == {"a": {"t": 13}, "": {"lost": 10**12}}
     assert book.left("2026-11-02", "", limits) == 0, "the books of a folded day are closed"
     assert Book.read(book.write()) == book
+
+
+def test_a_day_that_whoever_tidies_still_holds_is_not_folded() -> None:
+    book, limits = Book(), Limits(Decimal(10), Decimal(100))
+    for day in range(1, 6):
+        book.lend("h", f"2026-11-{day:02d}", Entry(), {"": 10**12}, limits)
+    book.tidy("h")
+    assert (len(book.days), book.folded) == (5, "")
+    book.fold("h", "2026-11-01", {"a": {"t": 7}})
+    book.tidy("h")
+    assert (len(book.days), book.folded, book.months) == (4, "2026-11-01", {"2026-11": {"a": {"t": 7}}})

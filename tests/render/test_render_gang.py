@@ -23,7 +23,7 @@ FORMS = {
     "laptop": (None, [{"CPU": 1, "GPU": 1}, *[{"GPU": 1}] * 3], (1, 1)),
     "two-nodes": (None, [{"CPU": 1, "GPU": 1}, *[{"GPU": 1}] * 15], (1, 1)),
     "data-parallel": (8, [{"CPU": 1, "GPU": 1}], (8, 8)),
-    "parallel-auto": (None, [{"CPU": 1, "GPU": 1}, *[{"GPU": 1}] * 7], (1, 1)),
+    "parallel-auto": (2, [{"CPU": 1, "GPU": 1}, *[{"GPU": 1}] * 3], (2, 2)),
     "data-parallel-tensor": (2, [{"CPU": 1, "GPU": 1}, *[{"GPU": 1}] * 3], (2, 2)),
     "data-parallel-nodes": (8, [{"CPU": 1, "GPU": 1}, {"GPU": 1}], (8, 16)),
     "data-parallel-cpu": (2, [{"CPU": 2, "GPU": 0}], (2, 2)),

@@ -7,8 +7,6 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moe_api.enums import Provider
 from moe_api.spec_engine import EngineSpec
@@ -16,14 +14,21 @@ from moe_core import process_config
 from moe_core.config import GatewayConfig
 from moe_gateway import access, providers, reload, settings
 from moe_kube import objects as k
-from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT
+from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT, GATEWAY_TELL_PORT
 from moe_operator.render import gateway
-from moe_operator.render.objects import Rendered
-from tests.render.cases import CASES, Case, example, put
+from moe_operator.render.objects import NotRenderable, Rendered
+from tests.render.cases import CASES, Case, Edit, example, put
 
 
 def by_kind(case: Case, kind: k.Kind) -> list[Rendered]:
     return [made for made in case.render() if made.ref.kind == kind]
+
+
+def told(case: Case) -> dict[str, Any]:
+    """The gateway's configuration file."""
+    (made,) = [made for made in by_kind(case, k.CONFIG_MAP) if made.ref.name.endswith("-gateway")]
+    document: dict[str, Any] = json.loads(made.body["data"][gateway.CONFIG_FILE])
+    return document
 
 
 def configuration(case: Case, **more: Any) -> GatewayConfig:
@@ -33,8 +38,7 @@ def configuration(case: Case, **more: Any) -> GatewayConfig:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_gateway_takes_what_it_is_told(name: str) -> None:
-    (made,) = by_kind(CASES[name], k.CONFIG_MAP)
-    config = GatewayConfig.model_validate_json(made.body["data"][gateway.CONFIG_FILE])
+    config = GatewayConfig.model_validate(told(CASES[name]))
     settings.check(config)
     assert sum(config.weights.values()) == (0 if name == "profile-a-api-first" else 100)
 
@@ -55,9 +59,7 @@ def test_the_gateway_is_told_how_to_know_its_tenants() -> None:
 
 
 def test_what_gateways_of_the_first_release_do_not_know_is_written_only_where_it_says_something() -> None:
-    (plain,) = by_kind(CASES["laptop"], k.CONFIG_MAP)
-    (asking,) = by_kind(CASES["full"], k.CONFIG_MAP)
-    plain_keys, asking_keys = (set(json.loads(made.body["data"][gateway.CONFIG_FILE])) for made in (plain, asking))
+    plain_keys, asking_keys = set(told(CASES["laptop"])), set(told(CASES["full"]))
     assert plain_keys & {"auth", "tracing", "logOkShare", "logPrompts"} == set()
     assert asking_keys - plain_keys >= {"auth"}
 
@@ -106,21 +108,93 @@ def test_addresses_of_a_revision() -> None:
     assert revision.board_url == "http://q-1-board.default.svc:8100"
 
 
-@given(
-    st.decimals("0.000001", "100000", places=6),
-    st.one_of(st.none(), st.decimals("0.01", "1000000", places=2)),
-    st.integers(1, 100),
-)
-def test_all_pods_together_never_spend_more_than_the_budget(day: Decimal, month: Decimal | None, most: int) -> None:
-    month = None if month is None or month < day else month
-    budget = {"usdPerDay": str(day)} | ({} if month is None else {"usdPerMonth": str(month)})
-    case = example("laptop", put("fallback.budget", budget), put("gateway.replicas", {"min": 1, "max": most}))
-    share = configuration(case).spill.usd_per_day
-    assert share is not None
-    pods = most + 1  # a rollout starts one more
-    assert share * pods <= day
-    assert month is None or share * pods * 31 <= month
-    assert day / pods - share < Decimal("0.0001") or month is not None
+PAID = {
+    "targets": [
+        {"name": "gpt", "provider": "openai", "model": "gpt-5.5", "secretRef": {"name": "openai", "key": "apiKey"}}
+    ],
+    "budget": {
+        "usdPerDay": "200",
+        "usdPerMonth": "4000",
+        "tenantUsdPerDay": "20",
+        "tenants": [{"name": "acme", "usdPerDay": "50"}],
+    },
+}
+URL = {"name": "budget", "key": "url"}
+
+
+def pod(case: Case) -> dict[str, Any]:
+    (deployment,) = by_kind(case, k.DEPLOYMENT)
+    spec: dict[str, Any] = deployment.body["spec"]["template"]["spec"]
+    return spec
+
+
+def paying(*edits: Edit) -> Case:
+    return example("laptop", put("fallback", PAID), *edits)
+
+
+def test_every_pod_keeps_the_whole_budget_in_books_that_all_share() -> None:
+    config = configuration(paying(put("gateway.replicas", {"min": 2, "max": 7})))
+    assert (config.spill.usd_per_day, config.spill.usd_per_month) == (Decimal(200), Decimal(4000))
+    assert config.tenant_budgets.usd_per_day == Decimal(20)
+    assert config.tenant_budgets.tenants == {"acme": Decimal(50)}
+    store = config.budget_store
+    assert (store.kind, store.object, store.pods) == ("Object", "default/qwen3-gateway-budget", 2)
+    settings.check(config)
+
+
+def test_pods_have_an_account_where_their_books_are_an_object_and_only_there() -> None:
+    case = paying()
+    names = {made.ref.kind: made.ref.name for made in case.render()}
+    assert pod(case)["serviceAccountName"] == names[k.SERVICE_ACCOUNT] == names[k.ROLE] == names[k.ROLE_BINDING]
+    assert pod(case)["automountServiceAccountToken"] is True
+    books = next(made for made in by_kind(case, k.CONFIG_MAP) if made.ref.name.endswith("-budget"))
+    assert "data" not in books.body, "what is in them is the gateways'"
+    assert books.body["metadata"]["ownerReferences"], "they go with their MoEDeployment"
+    for other in (
+        example("laptop", put("fallback", None)),
+        paying(put("gateway.budgetStore", {"kind": "PostgreSQL", "urlSecretRef": URL})),
+    ):
+        assert pod(other)["automountServiceAccountToken"] is False
+        assert not {made.ref.kind for made in other.render()} & {k.SERVICE_ACCOUNT, k.ROLE, k.ROLE_BINDING}
+
+
+@pytest.mark.parametrize("kind", ["PostgreSQL", "Valkey"])
+def test_the_address_of_a_store_elsewhere_is_a_file(kind: str) -> None:
+    case = paying(put("gateway.budgetStore", {"kind": kind, "urlSecretRef": URL}))
+    store = configuration(case).budget_store
+    (volume,) = [volume for volume in pod(case)["volumes"] if volume["name"] == "budget"]
+    assert volume["secret"] == {"secretName": "budget", "items": [{"key": "url", "path": "url"}]}
+    (mount,) = [mount for mount in pod(case)["containers"][0]["volumeMounts"] if mount["name"] == "budget"]
+    assert (store.kind, store.url_file) == (kind, f"{mount['mountPath']}/url")
+
+
+def test_a_file_of_one_pod_keeps_no_budget_and_is_refused_by_field() -> None:
+    one = (put("gateway.replicas", {"min": 1, "max": 1}), put("gateway.budgetStore", {"kind": "SQLite"}))
+    with pytest.raises(
+        NotRenderable, match=r"^spec\.gateway\.budgetStore\.kind: .*; take Object, PostgreSQL or Valkey"
+    ):
+        paying(*one).render()
+    example("laptop", put("fallback", None), *one).render()  # nothing can be spent
+
+
+def test_pods_find_one_another_and_their_workers() -> None:
+    case = paying(put("gateway.workers", 4), put("gateway.siblingsSecretRef", {"name": "siblings", "key": "text"}))
+    config = configuration(case)
+    assert config.workers == 4
+    assert config.siblings is not None
+    assert (config.siblings.port, config.siblings.workers) == (GATEWAY_TELL_PORT, 4)
+    assert config.siblings.peers == ("qwen3-gateway-admin.default.svc",)
+    headless = next(made for made in by_kind(case, k.SERVICE) if made.ref.name == "qwen3-gateway-admin")
+    assert headless.body["spec"]["clusterIP"] == "None"
+    (volume,) = [volume for volume in pod(case)["volumes"] if volume["name"] == "siblings"]
+    assert volume["secret"]["items"] == [{"key": "text", "path": "key"}]
+    assert config.siblings.key_file == "/etc/moestack/siblings/key"
+    policy = next(made for made in by_kind(case, k.NETWORK_POLICY) if made.ref.name == "qwen3-gateway")
+    told = [rule for rule in policy.body["spec"]["ingress"] if rule["ports"][0]["protocol"] == "UDP"]
+    assert [rule["ports"] for rule in told] == [
+        [{"protocol": "UDP", "port": GATEWAY_TELL_PORT, "endPort": GATEWAY_TELL_PORT + 3}]
+    ]
+    assert pod(case)["containers"][0]["resources"]["requests"]["cpu"] == "2"
 
 
 def compatible(name: str, **more: str) -> dict[str, Any]:
@@ -194,7 +268,7 @@ def allowed(policy: Rendered) -> dict[int | None, list[dict[str, Any]] | None]:
 def test_only_those_who_need_a_port_may_reach_it() -> None:
     policies = {made.ref.name: allowed(made) for made in by_kind(CASES["laptop"], k.NETWORK_POLICY)}
     public, engine = policies["qwen3-gateway"], policies["qwen3-engine"]
-    assert set(public) == {GATEWAY_PORT, GATEWAY_ADMIN_PORT}
+    assert set(public) == {GATEWAY_PORT, GATEWAY_ADMIN_PORT, GATEWAY_TELL_PORT}
     assert public[GATEWAY_PORT] is None, "clients come from everywhere"
     system = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "moestack-system"}}}
     assert system in (public[GATEWAY_ADMIN_PORT] or [])

@@ -161,7 +161,7 @@ def pods_of(resource: MoEDeployment) -> Any:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(changed())
-def test_gateways_start_anew_only_for_other_secrets(resource: MoEDeployment) -> None:
+def test_gateways_start_anew_only_for_other_secrets_another_store_or_more_workers(resource: MoEDeployment) -> None:
     """Everything else is read from the file by the running process, and no stream is cut for it."""
     before, after = BORN.resource, resource
     try:
@@ -171,7 +171,12 @@ def test_gateways_start_anew_only_for_other_secrets(resource: MoEDeployment) -> 
 
     def keys(spec: MoEDeployment) -> Any:
         secrets = {(target.name, target.secret_ref) for target in gateway.used(spec)}
-        return secrets, spec.spec.gateway.auth, spec.spec.pod_template.image_pull_secrets
+        own = spec.spec.gateway
+        store = gateway.gateway_config(
+            spec, revisions=["r"], weights={"r": 100}, weights_version=1, config=CONFIG, owner=BORN.owner
+        ).budget_store
+        pull = spec.spec.pod_template.image_pull_secrets
+        return secrets, own.auth, store, own.budget_store, own.workers, own.siblings_secret_ref, pull
 
     if keys(after) == keys(before):
         assert now == pods_of(before)

@@ -14,6 +14,7 @@ import yaml
 from moe_core import metrics
 from moe_kube import objects as k
 from moe_kube.objects import Kind
+from moe_operator import chart
 from moe_operator.render import monitoring
 from tests.render.cases import CASES, ROOT, Case, example, put
 
@@ -71,8 +72,8 @@ def found_ports(value: Any) -> list[dict[str, Any]]:
 
 def test_alerts_read_metrics_that_exist() -> None:
     known = {metric.name for metric in metrics.ALL}
-    for alert in monitoring.alerts(LIMITED.resource):
-        names = set(re.findall(r"\bmoestack_[a-z_]+", alert.expr))
+    for alert in [*monitoring.alerts(LIMITED.resource), *chart.ALERTS]:
+        names = {name.removesuffix("_count") for name in re.findall(r"\bmoestack_[a-z_]+", alert.expr)}
         assert names, alert.name
         assert names <= known, alert.name
 
@@ -80,7 +81,8 @@ def test_alerts_read_metrics_that_exist() -> None:
 def test_each_alert_has_its_place_in_the_runbook() -> None:
     text = (ROOT / monitoring.RUNBOOK).read_text()
     headings = {line.removeprefix("## ").strip().lower() for line in text.splitlines() if line.startswith("## ")}
-    assert {alert.anchor for alert in monitoring.alerts(LIMITED.resource)} == headings
+    alerts = [*monitoring.alerts(LIMITED.resource), *chart.ALERTS]
+    assert {alert.anchor for alert in alerts} == headings
 
 
 def test_an_external_engine_has_no_alert_on_its_replicas() -> None:

@@ -9,8 +9,9 @@ import orjson
 
 from moe_gateway.openai_api import ApiRequest, Usage
 from moe_gateway.providers import chat
-from moe_gateway.providers.base import Adapter, Refusal, Stream, Unsupported
-from moe_gateway.providers.translation import Translation
+from moe_gateway.providers.base import Refusal, Unsupported
+from moe_gateway.providers.translation import TranslatedAdapter, Translation
+from moe_gateway.sse import StreamReader
 
 API_VERSION = "2023-06-01"
 """The one version of the messages API (docs.claude.com, API, versioning)."""
@@ -34,28 +35,17 @@ _FINISH = {
 }
 
 
-class AnthropicAdapter(Adapter):
+class AnthropicAdapter(TranslatedAdapter):
     """Claude by Anthropic's own API. Sampling parameters are refused: current Claude models take none."""
 
     URL = "https://api.anthropic.com"
 
     def takes(self, request: ApiRequest) -> Unsupported | None:
-        if (other := chat.not_chat(request)) is not None:
-            return other
-        if request.messages is not None:
-            return _foreign_thinking(request.messages)
-        try:
-            _document(request, None)
-        except Refusal as refusal:
-            return refusal.unsupported
-        except chat.MALFORMED:
-            return chat.NO_FORM
-        return None
+        return super().takes(request) if request.messages is None else _foreign_thinking(request.messages)
 
-    def body(self, request: ApiRequest, output_cap: int | None) -> bytes:
-        if request.messages is not None:
-            return orjson.dumps({**request.messages, "model": self.target.model})
-        return orjson.dumps({**_document(request, output_cap), "model": self.target.model})
+    def document(self, request: ApiRequest, output_cap: int | None) -> dict[str, Any]:
+        said = _document(request, output_cap) if request.messages is None else request.messages
+        return {**said, "model": self.target.model}
 
     def path(self, request: ApiRequest) -> str:
         return "/v1/messages"
@@ -79,7 +69,7 @@ class AnthropicAdapter(Adapter):
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no message: {error!r}") from None
 
-    def stream(self, request: ApiRequest) -> Stream:
+    def stream(self, request: ApiRequest) -> StreamReader:
         return MessagesStream(
             created=int(self.clock.time()), include_usage=request.include_usage, raw=self.native(request)
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from moe_core.clock import Clock
 from moe_core.config import TargetConfig
-from moe_gateway.openai_api import ApiRequest, Usage
-from moe_gateway.sse import SseScanner
+from moe_gateway.openai_api import ApiRequest
+from moe_gateway.sse import SseScanner, StreamReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +30,6 @@ class Refusal(Exception):
     def __init__(self, field: str, remedy: str) -> None:
         super().__init__(f"{field}: {remedy}")
         self.unsupported = Unsupported(field, remedy)
-
-
-class Stream(Protocol):
-    """Reads a provider's stream in passing: takes its bytes, gives events in the client's form, keeps what it saw."""
-
-    content_events: int
-    """Events with content so far: text, reasoning, a refusal, a tool call. A role, a ping, a comment are none."""
-    done: bool
-    """The provider's own end of the stream was seen: nothing follows."""
-    finished: bool
-    """A finish reason was seen: the answer is whole, even if the connection now ends."""
-    malformed: bool
-    error: object | None
-    usage: Usage | None
-    prompt_tokens: int | None
-    """Prompt tokens as the provider told them early, for a stream that breaks before its usage."""
-
-    @property
-    def counted_tokens(self) -> int: ...
-    @property
-    def complete(self) -> bool: ...
-    @property
-    def broken(self) -> bool: ...
-    def feed(self, chunk: bytes) -> bytes:
-        """Take a chunk; return whole events to send on."""
-        ...
-
-    def flush(self) -> bytes:
-        """At the end of the provider's bytes: what is left."""
-        ...
 
 
 class Adapter(ABC):
@@ -108,6 +78,6 @@ class Adapter(ABC):
         """A whole answer, or an error, in OpenAI's form. Raises ValueError for what is neither."""
         return body
 
-    def stream(self, request: ApiRequest) -> Stream:
+    def stream(self, request: ApiRequest) -> StreamReader:
         """A reader for one streamed answer."""
         return SseScanner(strip_usage=not request.include_usage, keep_error=False)

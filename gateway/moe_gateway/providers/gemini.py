@@ -10,8 +10,9 @@ import orjson
 
 from moe_gateway.openai_api import ApiRequest, Usage
 from moe_gateway.providers import chat
-from moe_gateway.providers.base import Adapter, Refusal, Stream, Unsupported
-from moe_gateway.providers.translation import Translation
+from moe_gateway.providers.base import Refusal
+from moe_gateway.providers.translation import TranslatedAdapter, Translation
+from moe_gateway.sse import StreamReader
 
 FOREIGN_SIGNATURE = "skip_thought_signature_validator"
 """What Google's pages on thought signatures tell to send with a function call that another model made."""
@@ -45,24 +46,13 @@ _BROKEN = frozenset(
 """Ends that are no answer: a client must not take them for one that is whole."""
 
 
-class GeminiAdapter(Adapter):
+class GeminiAdapter(TranslatedAdapter):
     """Gemini by Google's API for developers."""
 
     URL = "https://generativelanguage.googleapis.com/v1beta"
 
-    def takes(self, request: ApiRequest) -> Unsupported | None:
-        if (other := chat.not_chat(request)) is not None:
-            return other
-        try:
-            _document(request, None)
-        except Refusal as refusal:
-            return refusal.unsupported
-        except chat.MALFORMED:
-            return chat.NO_FORM
-        return None
-
-    def body(self, request: ApiRequest, output_cap: int | None) -> bytes:
-        return orjson.dumps(_document(request, output_cap))
+    def document(self, request: ApiRequest, output_cap: int | None) -> dict[str, Any]:
+        return _document(request, output_cap)
 
     def path(self, request: ApiRequest) -> str:
         call = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
@@ -89,7 +79,7 @@ class GeminiAdapter(Adapter):
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"no answer of Gemini's: {error!r}") from None
 
-    def stream(self, request: ApiRequest) -> Stream:
+    def stream(self, request: ApiRequest) -> StreamReader:
         return GeminiStream(created=int(self.clock.time()), include_usage=request.include_usage)
 
 

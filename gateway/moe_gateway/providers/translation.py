@@ -1,50 +1,57 @@
-"""A provider's event stream turned into OpenAI's, event by event, with the same bookkeeping as `SseScanner`."""
+"""What adapters have in common whose provider does not speak OpenAI's form: requests, and streams event by event."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import orjson
 
-from moe_gateway.openai_api import Usage
-from moe_gateway.providers.chat import error_body, usage_document
-from moe_gateway.sse import MAX_EVENT_BYTES, event_end, payload_of
+from moe_gateway.openai_api import ApiRequest
+from moe_gateway.providers import chat
+from moe_gateway.providers.base import Adapter, Refusal, Unsupported
+from moe_gateway.sse import MAX_EVENT_BYTES, StreamReader, event_end, payload_of
 
 BYTES_PER_TOKEN = 3
 """Output of a stream that broke before its usage is counted by its bytes, because these providers send several tokens
 in one event. Three is below the four or so of English, so that the count is not below the bill."""
 
 
-class Translation(ABC):
+class TranslatedAdapter(Adapter):
+    """Base of adapters that translate a chat request: one translation says both what is sent and what is refused."""
+
+    def takes(self, request: ApiRequest) -> Unsupported | None:
+        if (other := chat.not_chat(request)) is not None:
+            return other
+        try:
+            self.document(request, None)
+        except Refusal as refusal:
+            return refusal.unsupported
+        except chat.MALFORMED:
+            return chat.NO_FORM
+        return None
+
+    def body(self, request: ApiRequest, output_cap: int | None) -> bytes:
+        return orjson.dumps(self.document(request, output_cap))
+
+    @abstractmethod
+    def document(self, request: ApiRequest, output_cap: int | None) -> dict[str, Any]:
+        """The request in the provider's form. Raises Refusal."""
+
+
+class Translation(StreamReader):
     """Base of translated streams. `raw`: give the provider's bytes as they are, and only keep what is seen."""
 
     def __init__(self, *, created: int, include_usage: bool, raw: bool = False) -> None:
+        super().__init__()
         self._created = created
         self._include_usage = include_usage
         self._raw = raw
-        self._buffer = b""
         self._content_bytes = 0
         self.id = ""
         self.model = ""
-        self.content_events = 0
-        self.done = False
-        self.finished = False
-        self.malformed = False
-        self.error: object | None = None
-        self.usage: Usage | None = None
-        self.prompt_tokens: int | None = None
-        """As the provider told it when the stream began, if it did."""
         self.reasoning_tokens = 0
-
-    @property
-    def complete(self) -> bool:
-        return self.done or self.finished
-
-    @property
-    def broken(self) -> bool:
-        return self.malformed or self.error is not None
 
     @property
     def counted_tokens(self) -> int:
@@ -79,7 +86,9 @@ class Translation(ABC):
         tail = b""
         if self._include_usage and self.usage is not None:
             seen = self.usage
-            usage = usage_document(seen.prompt_tokens, seen.output_tokens, seen.cached_tokens, self.reasoning_tokens)
+            usage = chat.usage_document(
+                seen.prompt_tokens, seen.output_tokens, seen.cached_tokens, self.reasoning_tokens
+            )
             tail = b"data: " + orjson.dumps({**self._head(), "choices": [], "usage": usage}) + b"\n\n"
         return tail + b"data: [DONE]\n\n"
 
@@ -97,7 +106,7 @@ class Translation(ABC):
         """The provider's error in band, without its words: they may quote our key."""
         self.error = error
         kind = error.get("type", error.get("status", "upstream_error"))
-        return b"data: " + error_body("the model failed", kind) + b"\n\n"
+        return b"data: " + chat.error_body("the model failed", kind) + b"\n\n"
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "chat.completion.chunk", "created": self._created, "model": self.model}
@@ -117,5 +126,8 @@ class Translation(ABC):
             translated = b"".join(self.documents(document))
         except (AttributeError, KeyError, TypeError, ValueError):  # a field of another form than the provider's own
             self.malformed = True
+            return b""
+        if self._raw and self.error is not None:  # its words are the provider's
+            self.keep_error = False
             return b""
         return event if self._raw else translated

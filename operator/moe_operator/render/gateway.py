@@ -9,34 +9,38 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_DOWN, Decimal
 
-from moe_api.enums import AuthMode, EngineKind
+from moe_api.enums import AuthMode, EngineKind, Provider
 from moe_api.v1alpha1 import FallbackTarget, MoEDeployment
 from moe_core import process_config
-from moe_core.config import GatewayConfig, GatewayLimits, OperatorConfig, RevisionConfig, TargetConfig
+from moe_core.config import GatewayConfig, GatewayLimits, OperatorConfig, RevisionConfig, SiblingsConfig, TargetConfig
 from moe_core.process_config import EXTERNAL, Problem
 from moe_kube import objects as k
 from moe_kube.managed import digest
 from moe_operator.names import (
     GATEWAY_ADMIN_PORT,
     GATEWAY_PORT,
+    GATEWAY_TELL_PORT,
     Owner,
     board_url,
     engine_policy_name,
     gateway_admin_name,
+    gateway_budget_name,
     gateway_name,
     labels,
     serve_url,
 )
-from moe_operator.render import exposure, network
+from moe_operator.render import books, exposure, network
 from moe_operator.render.objects import NotRenderable, Rendered, rendered
 from moe_operator.render.pods import Container, Json, Port, Resources, Volume, filled, pod_security
 from moe_operator.render.quantity import size
 
 GATEWAY = "gateway"
 CONFIG_FILE = "gateway.json"
-START_FIELDS = ("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level", "budget_store")
+START_FIELDS = (
+    *("deployment", "host", "port", "admin_host", "admin_port", "state_dir", "log_level", "budget_store"),
+    *("siblings", "workers"),
+)
 """Fields of its configuration that a running gateway cannot change."""
 ADDED_FIELDS = (
     "auth",
@@ -49,21 +53,25 @@ ADDED_FIELDS = (
     "price_file",
     "gpu_usd_per_hour",
     "siblings",
+    "workers",
+    "mid_stream",
+    "sessions",
+    "record",
 )
 """Fields that gateways of the first release do not know: written only where they say something, so that an operator
 that is upgraded changes nothing for a gateway that runs."""
 START_ANNOTATION = "moestack.dev/start-config"
-_CONFIG_DIR, _KEYS_DIR, _TENANTS_DIR, _STATE_DIR = (
+_CONFIG_DIR, _KEYS_DIR, _TENANTS_DIR, _SIBLINGS_DIR, _STATE_DIR = (
     "/etc/moestack/config",
     "/etc/moestack/keys",
     "/etc/moestack/tenants",
+    "/etc/moestack/siblings",
     "/var/lib/moestack",
 )
 DRAIN_S = 120
 """A stream of a slow reader takes minutes; a pod that is being replaced lets it end."""
 LEAVE_S = 5
 """From the pod's removal from Services to its last new request."""
-_RESOURCES = Resources({"cpu": "500m", "memory": "256Mi"}, {"memory": "1Gi"})
 _TARGET_CPU_PERCENT = 60
 
 
@@ -94,6 +102,7 @@ def objects(
     )
     return (
         _config_map(made, owner),
+        *(books.objects(owner) if books.in_object(resource, paid=_paid(resource)) else ()),
         _deployment(resource, made, config, owner),
         *_services(resource, owner),
         _autoscaler(resource, owner),
@@ -106,6 +115,7 @@ def objects(
 def problems_of(resource: MoEDeployment, config: OperatorConfig) -> tuple[Problem, ...]:
     """Why there can be no gateway for this resource."""
     found = [*process_config.unsupported(resource), *exposure.problems_of(resource)]
+    found += books.problems_of(resource, paid=_paid(resource))
     if config.gateway_image is None:
         message = "the operator knows no image of the gateway"
         found.append(Problem("gatewayImage", message, "set it in the operator's configuration"))
@@ -114,7 +124,8 @@ def problems_of(resource: MoEDeployment, config: OperatorConfig) -> tuple[Proble
 
 def names(owner: Owner) -> frozenset[str]:
     """Names of what `objects` makes."""
-    return frozenset({gateway_name(owner.name), gateway_admin_name(owner.name), engine_policy_name(owner.name)})
+    own = (gateway_name, gateway_admin_name, gateway_budget_name, engine_policy_name)
+    return frozenset(name(owner.name) for name in own)
 
 
 def left_out(resource: MoEDeployment) -> tuple[LeftOut, ...]:
@@ -155,7 +166,6 @@ def gateway_config(
     if engine.kind is EngineKind.EXTERNAL and engine.url is not None:
         known.append(RevisionConfig(name=EXTERNAL, url=engine.url, metrics=process_config.foreign_metrics(engine)))
         weights = {EXTERNAL: 100} if not any(weights.values()) else {EXTERNAL: 0, **weights}
-    spill = process_config.spill(resource.spec.fallback)
     return GatewayConfig(
         deployment=resource.key,
         model=resource.spec.model.id,
@@ -169,25 +179,46 @@ def gateway_config(
         slo=process_config.slo(resource),
         tiers=process_config.tiers(resource.spec),
         targets=tuple(_target(target) for target in used(resource)),
-        spill=spill.model_copy(update={"usd_per_day": _share(resource, spill.usd_per_day)}),
+        spill=process_config.spill(resource.spec.fallback),
+        tenant_budgets=process_config.tenant_budgets(resource.spec.fallback),
+        budget_store=books.config(resource, owner, paid=_paid(resource)),
+        siblings=_siblings(resource, owner),
+        workers=resource.spec.gateway.workers,
         egress=process_config.egress(resource.spec),
+        mid_stream=process_config.mid_stream(resource.spec),
         limits=GatewayLimits(drain_s=DRAIN_S),
         trusted_keys=config.trusted_keys,
         state_dir=_STATE_DIR,
         log_level=config.log_level,
         auth=process_config.auth(resource, _TENANTS_DIR),
+        sessions=resource.spec.gateway.sessions.by,
+        record=process_config.record(resource.spec.gateway, _STATE_DIR),
     )
 
 
-def _share(resource: MoEDeployment, usd_per_day: Decimal | None) -> Decimal | None:
-    """A pod's own budget. Pods share no store yet, so each has an equal part, rounded down to the micro-dollar: as many
-    pods as there can ever be at once, the one more of a rollout included, spend no more than the day's budget together.
-    A part that is not used is not lent, and a pod that takes another's place has a part of its own.
-    """
-    if usd_per_day is None:
-        return None
-    most = resource.spec.gateway.replicas.max + 1
-    return (usd_per_day / most).quantize(Decimal("0.000001"), rounding=ROUND_DOWN)
+def _paid(resource: MoEDeployment) -> bool:
+    """Whether anything can be spent: only a server of one's own may be free."""
+    prices = ((target.provider, target.price) for target in used(resource))
+    return any(
+        provider is not Provider.OPENAI_COMPATIBLE or price.input_usd_per_m_tokens or price.output_usd_per_m_tokens
+        for provider, price in prices
+    )
+
+
+def _siblings(resource: MoEDeployment, owner: Owner) -> SiblingsConfig:
+    """How pods find one another: by the headless Service, whose name is looked up again as pods come and go."""
+    spec = resource.spec.gateway
+    return SiblingsConfig(
+        port=GATEWAY_TELL_PORT,
+        workers=spec.workers,
+        peers=(f"{gateway_admin_name(owner.name)}.{owner.namespace}.svc",),
+        key_file=None if spec.siblings_secret_ref is None else f"{_SIBLINGS_DIR}/key",
+    )
+
+
+def _resources(workers: int) -> Resources:
+    requests = {"cpu": f"{500 * workers}m", "memory": f"{256 * workers}Mi"}
+    return Resources(requests, {"memory": f"{workers}Gi"})
 
 
 def _target(target: FallbackTarget) -> TargetConfig:
@@ -216,7 +247,7 @@ def _deployment(resource: MoEDeployment, made: GatewayConfig, config: OperatorCo
         command=("python", "-m", "moe_gateway", "--config", f"{_CONFIG_DIR}/{CONFIG_FILE}"),
         ports=(Port("http", GATEWAY_PORT), Port("admin", GATEWAY_ADMIN_PORT)),
         volumes=volumes,
-        resources=_RESOURCES,
+        resources=_resources(made.workers),
         read_only_root=True,
         more={
             "startupProbe": _probe("/healthz", period_s=1, failures=60),
@@ -226,11 +257,14 @@ def _deployment(resource: MoEDeployment, made: GatewayConfig, config: OperatorCo
         },
     )
     start = made.model_dump(mode="json", include=set(START_FIELDS))
+    for name in ("siblings", "workers"):  # as above: what says nothing starts no pod anew
+        if getattr(made, name) == GatewayConfig.model_fields[name].default:
+            del start[name]
     selector = network.selector(owner, GATEWAY)
     template = {
         "metadata": {"labels": labels(owner, GATEWAY), "annotations": {START_ANNOTATION: digest(start)[:16]}},
         "spec": {
-            "automountServiceAccountToken": False,
+            **_account(made, owner),
             "enableServiceLinks": False,
             "securityContext": pod_security(),
             "terminationGracePeriodSeconds": LEAVE_S + DRAIN_S + 15,
@@ -251,6 +285,13 @@ def _deployment(resource: MoEDeployment, made: GatewayConfig, config: OperatorCo
     return rendered(k.DEPLOYMENT, owner, gateway_name(owner.name), labels(owner, GATEWAY), {"spec": spec})
 
 
+def _account(made: GatewayConfig, owner: Owner) -> Json:
+    """Pods have the cluster's credentials only where their books are an object of it."""
+    if made.budget_store.kind != "Object":
+        return {"automountServiceAccountToken": False}
+    return {"automountServiceAccountToken": True, "serviceAccountName": gateway_name(owner.name)}
+
+
 def _volumes(resource: MoEDeployment, owner: Owner) -> tuple[Volume, ...]:
     """Keys are files of their own, never variables: one key of a Secret each, followed when it is rotated."""
     found = [
@@ -267,7 +308,11 @@ def _volumes(resource: MoEDeployment, owner: Owner) -> tuple[Volume, ...]:
     auth = resource.spec.gateway.auth
     if auth.mode is AuthMode.API_KEYS and auth.secret_name is not None:
         found.append(Volume("tenants", _TENANTS_DIR, {"secret": {"secretName": auth.secret_name}}, read_only=True))
-    return tuple(found)
+    told = resource.spec.gateway.siblings_secret_ref
+    if told is not None:
+        source = {"secretName": told.name, "items": [{"key": told.key, "path": "key"}]}
+        found.append(Volume("siblings", _SIBLINGS_DIR, {"secret": source}, read_only=True))
+    return (*found, *books.volumes(resource, paid=_paid(resource)))
 
 
 def _probe(path: str, *, period_s: int, failures: int) -> Json:

@@ -18,6 +18,7 @@ from moe_operator.names import (
     BOARD_PORT,
     GATEWAY_ADMIN_PORT,
     GATEWAY_PORT,
+    GATEWAY_TELL_PORT,
     SERVE_PORT,
     Owner,
     engine_policy_name,
@@ -40,14 +41,15 @@ def policies(resource: MoEDeployment, config: OperatorConfig, owner: Owner) -> t
     """A policy for the gateway's pods, and one for the engine's where we run it."""
     commanders = [_namespace(name) for name in sorted({config.namespace, config.tuner_namespace})]
     prometheus = _anywhere({"app.kubernetes.io/name": "prometheus"})
+    gateways = {"podSelector": {"matchLabels": selector(owner, "gateway")}}
     gateway = [
         {"ports": [_port(GATEWAY_PORT)]},  # from everywhere: who may ask is the gateway's own business
         _rule((GATEWAY_ADMIN_PORT,), *commanders, prometheus),
+        {"ports": [_told(resource.spec.gateway.workers)], "from": [gateways]},
     ]
     made = [_policy(owner, gateway_name(owner.name), "gateway", gateway)]
     if resource.spec.engine.kind is EngineKind.VLLM:
         kuberay = _anywhere({_COMPONENT: "kuberay-operator"})
-        gateways = {"podSelector": {"matchLabels": selector(owner, "gateway")}}
         engine = [
             {"from": [{"podSelector": {"matchLabels": selector(owner, ENGINE)}}]},  # its own cluster, on every port
             _rule((SERVE_PORT,), gateways, kuberay),
@@ -74,6 +76,13 @@ def _rule(ports: Sequence[int], *peers: Peer) -> dict[str, Any]:
 
 def _port(number: int) -> dict[str, Any]:
     return {"protocol": "TCP", "port": number}
+
+
+def _told(workers: int) -> dict[str, Any]:
+    """Ports on which the workers of a gateway pod hear the others."""
+    last = GATEWAY_TELL_PORT + workers - 1
+    port = {"protocol": "UDP", "port": GATEWAY_TELL_PORT}
+    return port if last == GATEWAY_TELL_PORT else {**port, "endPort": last}
 
 
 def _namespace(name: str) -> Peer:
