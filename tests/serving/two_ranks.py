@@ -6,9 +6,10 @@ knobs by the agreement of `moe_serving.agreement` over a gloo group of their own
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,22 @@ class Played:
 def play_alone(shapes: Sequence[Shape], batches: Sequence[Batch], knobs: ExpertKnobs, version: int = 1) -> Played:
     """On one rank that has every expert."""
     everything = [torch.ones(shape.experts, dtype=torch.bool) for shape in shapes]
-    return _play(0, 1, shapes, everything, batches, knobs, version)
+    with _as_in_a_new_process():
+        return _play(0, 1, shapes, everything, batches, knobs, version)
+
+
+@contextlib.contextmanager
+def _as_in_a_new_process() -> Iterator[None]:
+    """Code compiled with -ffast-math, which a test before may have loaded, makes the threads that it finds take the
+    smallest numbers for 0. The two ranks' processes have none of it, so this one must not either: each thread has the
+    setting of its own, hence one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class TwoRanks:
