@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 from benchmarks.gateway_spill_oracle import Bound, bound
 from benchmarks.gateway_spill_reach import reach
 from benchmarks.gateway_spill_twin import judged
-from moe_core.spill import Action, Decision, Reason, SpillContext, Thresholds
+from moe_core.forecast import SpillContext, Thresholds
+from moe_core.spill import Action, Decision, Reason
 from moe_planner.sim.policy import Policy
 from moe_planner.sim.result import Outcome, Result
 from moe_planner.sim.scenarios import PACKAGED, Scenario, load, names

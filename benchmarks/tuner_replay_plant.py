@@ -31,17 +31,9 @@ from decimal import Decimal
 import numpy as np
 
 from benchmarks.tuner_replay_days import DT_S, UNCAPPED, WINDOW_S, Day, Floats, Ints, Truth
+from moe_core.forecast import EngineReport, RevisionView, SpillContext, TargetView, Thresholds
 from moe_core.latency import SHIFT_S, Ended, First, LatencyEstimate, Look, learned
-from moe_core.spill import (
-    Action,
-    EngineReport,
-    RevisionView,
-    SpillContext,
-    SpillState,
-    TargetView,
-    Thresholds,
-    decide,
-)
+from moe_core.spill import Action, SpillState, decide
 from moe_core.steps import RATE_S, predict_itl_s
 from moe_planner.sim.gateway import API_PRIOR
 from moe_planner.sim.world import BURST_SHARE, World

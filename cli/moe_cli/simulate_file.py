@@ -20,7 +20,7 @@ from moe_cli.files import read
 from moe_cli.outcome import Problem, Refusal
 from moe_cli.plan_answer import Answer
 from moe_core import process_config
-from moe_core.spill import Thresholds
+from moe_core.forecast import Thresholds
 from moe_planner import overlay, speed
 from moe_planner.sim.engine import Engine, from_speed
 from moe_planner.sim.invalid import Invalid

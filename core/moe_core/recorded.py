@@ -21,7 +21,8 @@ from typing import Any
 import orjson
 
 from moe_core import spill
-from moe_core.spill import SpillContext, SpillState
+from moe_core.forecast import SpillContext
+from moe_core.spill import SpillState
 
 HEAD = {"recorded": "moestack decisions", "version": 1}
 """The first line of each file."""

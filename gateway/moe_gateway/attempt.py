@@ -12,9 +12,9 @@ from decimal import Decimal
 
 import orjson
 
+from moe_core.forecast import Forecast
 from moe_core.latency import Ended, First, predict_ttft_s
 from moe_core.prices import cost_usd
-from moe_core.spill import Forecast
 from moe_gateway.answers import LOST, content_type, read_all, to_the_end
 from moe_gateway.call import Call, Outcome, Phase, Stop
 from moe_gateway.joining import Joiner, Seam, Transcript

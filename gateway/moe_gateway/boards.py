@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 
+from moe_core.forecast import EngineReport, foreign_load
 from moe_core.http import HttpError, call_json
-from moe_core.spill import EngineReport, foreign_load
 from moe_core.wire import ReplicaDigest
 from moe_gateway.state import Gateway
 from moe_gateway.upstream import Upstream

@@ -9,7 +9,8 @@ from enum import StrEnum
 from typing import Any
 
 from moe_core.config import SloConfig
-from moe_core.spill import Blocked, Forecast, Reason
+from moe_core.forecast import Forecast
+from moe_core.spill import Blocked, Reason
 
 
 class Outcome(StrEnum):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moe_core.forecast import Failure, RevisionView, SpillContext, TargetView
 from moe_core.prices import cost_usd
-from moe_core.spill import Failure, RevisionView, SpillContext, TargetView
 from moe_core.tiers import may_spill
 from moe_gateway.call import Call
 from moe_gateway.lazily import Lazily

@@ -13,8 +13,8 @@ from prometheus_client.registry import Collector
 
 from moe_core import foreign, metrics
 from moe_core.config import ForeignMetrics
+from moe_core.forecast import EngineReport
 from moe_core.foreign import ForeignLoad, NotUnderstood
-from moe_core.spill import EngineReport
 from moe_gateway.boards import POLL_S, TIMEOUT_S, Board, of_others
 from moe_gateway.state import Gateway
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from moe_core.spill import Action, Blocked, Decision, Failure, Reason
+from moe_core.forecast import Failure
+from moe_core.spill import Action, Blocked, Decision, Reason
 from moe_gateway.attempt import Attempt
 from moe_gateway.call import Call, Outcome
 from moe_gateway.failover import kept, see_to_its_end

@@ -17,9 +17,10 @@ from typing import BinaryIO
 from moe_core import recorded
 from moe_core.clock import Clock
 from moe_core.config import RecordConfig
+from moe_core.forecast import SpillContext
 from moe_core.log import Log
 from moe_core.recorded import Noted
-from moe_core.spill import Decision, SpillContext, SpillState
+from moe_core.spill import Decision, SpillState
 
 FLUSH_S = 0.25
 WAITING_MAX = 20_000

@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry
 
 from moe_core import metrics
 from moe_core.clock import Clock
+from moe_core.forecast import SpillContext
 from moe_core.prices import cost_usd
-from moe_core.spill import Action, Decision, SpillContext, SpillState, decide
+from moe_core.spill import Action, Decision, SpillState, decide
 from moe_gateway.call import Call, Would
 from moe_gateway.upstream import Upstream
 

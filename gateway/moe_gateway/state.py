@@ -20,11 +20,12 @@ from moe_core import breaker as breakers
 from moe_core import http
 from moe_core.clock import Clock
 from moe_core.config import GatewayConfig, SloConfig, config_hash
+from moe_core.forecast import Failure, SpillContext, Thresholds
 from moe_core.latency import Ended, First
 from moe_core.log import get_log
 from moe_core.prices import most_usd
 from moe_core.signing import Verifier
-from moe_core.spill import Decision, Failure, SpillContext, SpillState, Thresholds, decide
+from moe_core.spill import Decision, SpillState, decide
 from moe_core.tiers import slo_of
 from moe_core.wire import GatewayDigest, Knobs, Weights
 from moe_gateway.access import Access

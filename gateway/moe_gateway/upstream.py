@@ -12,10 +12,10 @@ from enum import StrEnum
 from moe_core import breaker as breakers
 from moe_core.breaker import Breaker, BreakerMode
 from moe_core.config import TargetConfig
+from moe_core.forecast import EngineReport
 from moe_core.latency import SLOW_PRIOR, Ended, First, LatencyEstimate, Look, learned
 from moe_core.log import redact
 from moe_core.prices import FREE, Price
-from moe_core.spill import EngineReport
 from moe_core.wire import ReplicaDigest
 from moe_gateway.egress import Asking
 from moe_gateway.ledger import Ledger

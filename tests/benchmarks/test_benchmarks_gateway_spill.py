@@ -10,7 +10,8 @@ import pytest
 from benchmarks.gateway_spill import interval, skill
 from benchmarks.gateway_spill_oracle import bound, dollars
 from benchmarks.gateway_spill_twin import TwinRun, missed
-from moe_core.spill import Action, Decision, Reason, SpillContext
+from moe_core.forecast import SpillContext
+from moe_core.spill import Action, Decision, Reason
 from moe_planner.sim.engine import Engine
 from moe_planner.sim.policy import Policy
 from moe_planner.sim.simulate import simulate

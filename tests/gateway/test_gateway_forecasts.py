@@ -14,8 +14,8 @@ from moe_cli.live import figure_rows
 from moe_cli.status import figures
 from moe_core.calibration import BINS, DECAY_S, FRESH, Calibration, bin_of, observe, score
 from moe_core.config import SloConfig
+from moe_core.forecast import Forecast
 from moe_core.forecasts import ForecastReport, scored, together
-from moe_core.spill import Forecast
 from moe_gateway.call import Call, Outcome
 from moe_gateway.forecasts import came_true
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream

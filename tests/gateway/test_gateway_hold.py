@@ -12,20 +12,9 @@ import pytest
 
 import moe_gateway.state
 from moe_core import spill
+from moe_core.forecast import Failure, RevisionView, SpillContext, TargetView, Thresholds, forecast_local
 from moe_core.latency import UNKNOWN, LatencyEstimate, observe_ttft
-from moe_core.spill import (
-    Action,
-    Decision,
-    Failure,
-    Reason,
-    RevisionView,
-    SpillContext,
-    SpillState,
-    TargetView,
-    Thresholds,
-    decide,
-    forecast_local,
-)
+from moe_core.spill import Action, Decision, Reason, SpillState, decide
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
 from tests.gateway.harness import Answer, Client, chat, config, running, until
 

@@ -13,23 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_core.latency import UNKNOWN, LatencyEstimate, observe_decode, observe_ttft, predict_ttft_s
-from moe_core.spill import (
-    Action,
-    Blocked,
-    Decision,
+from moe_core.forecast import (
     EngineReport,
     Failure,
-    Reason,
     RevisionView,
     SpillContext,
-    SpillState,
     TargetView,
     Thresholds,
-    decide,
     forecast_local,
     foreign_load,
 )
+from moe_core.latency import UNKNOWN, LatencyEstimate, observe_decode, observe_ttft, predict_ttft_s
+from moe_core.spill import Action, Blocked, Decision, Reason, SpillState, decide
 
 SLO_S = 0.8
 

@@ -11,8 +11,8 @@ from moe_api.v1alpha1 import MoEDeployment
 from moe_cli.plan_local import gateway_config
 from moe_core import process_config
 from moe_core.config import SloConfig, TierConfig
+from moe_core.forecast import RevisionView, SpillContext, Thresholds, forecast_local
 from moe_core.latency import UNKNOWN, Ended, LatencyEstimate, observe_ttft
-from moe_core.spill import RevisionView, SpillContext, Thresholds, forecast_local
 from moe_core.tiers import slo_of
 from moe_gateway.upstream import PROMISES_MAX, Upstream
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream

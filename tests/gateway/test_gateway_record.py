@@ -22,20 +22,11 @@ from moe_cli.say import Say
 from moe_core import recorded
 from moe_core.clock import SystemClock
 from moe_core.config import RecordConfig
+from moe_core.forecast import EngineReport, Failure, RevisionView, SpillContext, TargetView, Thresholds
 from moe_core.latency import LatencyEstimate, observe_ttft
 from moe_core.log import get_log
 from moe_core.recorded import Noted, RecordInvalid, decode, encode, replay
-from moe_core.spill import (
-    Action,
-    EngineReport,
-    Failure,
-    RevisionView,
-    SpillContext,
-    SpillState,
-    TargetView,
-    Thresholds,
-    decide,
-)
+from moe_core.spill import Action, SpillState, decide
 from moe_gateway.recorder import Recorder
 from moe_planner.sim.policy import Policy
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream

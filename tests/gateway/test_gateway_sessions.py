@@ -12,18 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_api.enums import SessionKey
+from moe_core.forecast import RevisionView, SpillContext, TargetView, Thresholds
 from moe_core.sessions import SESSION_SLACK, belonging, session_key
-from moe_core.spill import (
-    Action,
-    Blocked,
-    RevisionView,
-    SpillContext,
-    SpillState,
-    TargetView,
-    Thresholds,
-    decide,
-    rotate,
-)
+from moe_core.spill import Action, Blocked, SpillState, decide, rotate
 from moe_gateway.openai_api import Endpoint, parse
 from moe_gateway.sessions import session_of
 from tests.gateway.fake_upstream import FakeUpstream

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_core.spill import Action, Decision, Reason, SpillContext
+from moe_core.forecast import SpillContext
+from moe_core.spill import Action, Decision, Reason
 from moe_planner.sim.books import Snapshot
 from moe_planner.sim.policy import PLAIN, Policy
 from moe_planner.sim.replica import Replica

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_core.forecast import SpillContext
 from moe_core.setting import Setting
-from moe_core.spill import Action, Decision, Reason, SpillContext
+from moe_core.spill import Action, Decision, Reason
 from moe_core.wire import EngineKnobs, ExpertKnobs, Overflow
 from moe_planner.sim.experts import Drift, Experts, load_over_time, slot_shares
 from moe_planner.sim.policy import PLAIN, ControlContext, Policy

@@ -13,17 +13,9 @@ from typing import Any, overload
 
 from moe_core import breaker as breakers
 from moe_core.breaker import Breaker
+from moe_core.forecast import EngineReport, Failure, RevisionView, SpillContext, TargetView, Thresholds, foreign_load
 from moe_core.latency import Ended, First, LatencyEstimate, Look, learned
-from moe_core.spill import (
-    Decision,
-    EngineReport,
-    Failure,
-    RevisionView,
-    SpillContext,
-    TargetView,
-    Thresholds,
-    foreign_load,
-)
+from moe_core.spill import Decision
 from moe_planner.sim.policy import Decide, Policy
 from moe_planner.sim.world import LOCAL, World
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from moe_core.forecast import Thresholds
 from moe_core.latency import Look
 from moe_core.setting import Setting
-from moe_core.spill import Thresholds
 from moe_planner.sim.engine import Engine
 from moe_planner.sim.experts import Balance, ExpertLoad, Experts, load_over_time
 from moe_planner.sim.policy import Control, ControlContext

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_core import spill
+from moe_core.forecast import SpillContext
 from moe_core.setting import Setting, Signals
-from moe_core.spill import Action, Decision, Reason, SpillContext, SpillState
+from moe_core.spill import Action, Decision, Reason, SpillState
 from moe_planner.sim.world import LOCAL
 
 Decide = Callable[[SpillContext, Any], tuple[Decision, Any]]

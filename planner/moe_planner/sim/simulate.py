@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_core.forecast import Failure, SpillContext
 from moe_core.latency import Ended, First
-from moe_core.spill import Action, Decision, Failure, SpillContext
+from moe_core.spill import Action, Decision
 from moe_planner.sim.books import Snapshot, books
 from moe_planner.sim.closed import ClosedApis
 from moe_planner.sim.gateway import gateways

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moe_core.spill import Thresholds
+from moe_core.forecast import Thresholds
 from moe_planner.sim.engine import Engine
 from moe_planner.sim.experts import Experts
 from moe_planner.sim.invalid import Invalid
