@@ -15,6 +15,7 @@ from moe_gateway.auth import Principal, Unauthenticated, credential
 from moe_gateway.auth_keys import KeyStore
 from moe_gateway.auth_oidc import IssuerUnreachable, TokenJudge, address_allowed
 from moe_gateway.call import Call
+from moe_gateway.key_shares import KeyShares
 from moe_gateway.openai_api import ApiError
 from moe_gateway.responder import Responder
 from moe_gateway.settings import ConfigRefused
@@ -32,6 +33,7 @@ class Access:
         self._keys: KeyStore | None = None
         self._judge: TokenJudge | None = None
         self._book = limits.Book()
+        self.shares = KeyShares()
         self._charged: dict[int, int] = {}
         self.follow(config)
 
@@ -107,11 +109,14 @@ class Access:
         call.tenant = principal.tenant
         limit = principal.limits or self._config.limits
         now_s = self._clock.monotonic()
-        usage, exceeded = limits.admit(self._book.of(principal.key_id, limit, now_s), now_s)
+        usage = self._of(principal.key_id, limit, now_s)
+        elsewhere = 0 if limit.concurrent is None else self.shares.in_flight(principal.key_id, now_s)
+        usage, exceeded = limits.admit(usage, now_s, elsewhere)
         self._told(out, usage, now_s)
         if exceeded is not None:
+            self._book.keep(principal.key_id, usage)  # what was taken elsewhere is told once
             raise _too_many(exceeded)
-        self._book.keep(principal.key_id, usage)
+        self._keep(principal.key_id, usage, 1, 0)
         call.key_id = principal.key_id
         self._charged[call.id] = 0
 
@@ -126,7 +131,7 @@ class Access:
         if exceeded is not None:
             raise _too_many(exceeded)
         self._charged[call.id] = tokens
-        self._book.keep(call.key_id, usage)
+        self._keep(call.key_id, usage, 0, tokens)
 
     def leave(self, call: Call) -> None:
         """A call has ended: what it really used counts."""
@@ -134,8 +139,22 @@ class Access:
         if usage is None or call.key_id is None:
             return
         used = call.prompt_tokens + call.output_tokens
-        usage = limits.ended(usage, self._charged.pop(call.id), used, self._clock.monotonic())
-        self._book.keep(call.key_id, usage)
+        charged = self._charged.pop(call.id)
+        usage = limits.ended(usage, charged, used, self._clock.monotonic())
+        self._keep(call.key_id, usage, 0, used - charged)
+
+    def _of(self, key_id: str, limit: KeyLimits, now_s: float) -> limits.Usage:
+        """What a key has taken here and, as far as they told, at the other workers."""
+        taken = [] if limit == KeyLimits() else list(self.shares.elsewhere(key_id, now_s))
+        usage = self._book.of(key_id, limit, now_s, taken[0].at_s if taken else None)
+        for one in taken:
+            usage = limits.taken(usage, one.requests, one.tokens, one.at_s)
+        return usage
+
+    def _keep(self, key_id: str, usage: limits.Usage, requests: int, tokens: int) -> None:
+        self._book.keep(key_id, usage)
+        if usage.limits != KeyLimits():
+            self.shares.took(key_id, requests, tokens, usage.in_flight)
 
     def _usage(self, call: Call) -> limits.Usage | None:
         """The usage of the key of a call that was let in."""

@@ -77,10 +77,10 @@ def under(usage: Usage, limits: KeyLimits, now_s: float) -> Usage:
     return Usage(limits, moved(usage.requests, fresh.requests), moved(usage.tokens, fresh.tokens), usage.in_flight)
 
 
-def admit(usage: Usage, now_s: float) -> tuple[Usage, Exceeded | None]:
-    """Take one request, or say why not. What is refused takes nothing."""
+def admit(usage: Usage, now_s: float, elsewhere: int = 0) -> tuple[Usage, Exceeded | None]:
+    """Take one request, or say why not. What is refused takes nothing. `elsewhere`: in flight at other workers."""
     limits = usage.limits
-    if limits.concurrent is not None and usage.in_flight >= limits.concurrent:
+    if limits.concurrent is not None and usage.in_flight + elsewhere >= limits.concurrent:
         return usage, Exceeded("concurrent requests", limits.concurrent, 1.0)
     requests = None if usage.requests is None else usage.requests.now(now_s)
     tokens = None if usage.tokens is None else usage.tokens.now(now_s)
@@ -110,6 +110,15 @@ def ended(usage: Usage, charged: int, used: int, now_s: float) -> Usage:
     return Usage(usage.limits, usage.requests, bucket, max(0, usage.in_flight - 1))
 
 
+def taken(usage: Usage, requests: int, tokens: int, at_s: float) -> Usage:
+    """The same key took so much elsewhere, at a moment that may be past."""
+
+    def less(bucket: Bucket | None, amount: int) -> Bucket | None:
+        return None if bucket is None else bucket.now(at_s).less(amount)
+
+    return Usage(usage.limits, less(usage.requests, requests), less(usage.tokens, tokens), usage.in_flight)
+
+
 def headers(usage: Usage, now_s: float) -> list[tuple[bytes, str]]:
     """What OpenAI's clients read of their limits."""
     found: list[tuple[bytes, str]] = []
@@ -130,9 +139,10 @@ class Book:
     def __init__(self) -> None:
         self._usage: OrderedDict[str, Usage] = OrderedDict()
 
-    def of(self, key_id: str, limits: KeyLimits, now_s: float) -> Usage:
+    def of(self, key_id: str, limits: KeyLimits, now_s: float, since_s: float | None = None) -> Usage:
+        """What the key has taken; a key that was never here starts full, at `since_s` where that is given."""
         usage = self._usage.get(key_id)
-        return begun(limits, now_s) if usage is None else under(usage, limits, now_s)
+        return begun(limits, now_s if since_s is None else since_s) if usage is None else under(usage, limits, now_s)
 
     def known(self, key_id: str) -> Usage | None:
         return self._usage.get(key_id)

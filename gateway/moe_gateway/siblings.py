@@ -2,8 +2,9 @@
 
 Each worker knows its own requests at once, and of others' only what an engine reports a second later: in a burst eight
 of them then send eight times what fits. So each tells the others, by one UDP datagram at most every 10 ms, how many
-prompt tokens wait at each revision and what it has just measured there. What is lost is made up for by the next; ages
-stand in place of times, so that clocks need not agree; a worker that has been silent for a second counts no more.
+prompt tokens wait at each revision, what it has just measured there, and what keys with limits took. What is lost is
+made up for by the next; ages stand in place of times, so that clocks need not agree; a worker that has been silent for
+a second counts no more.
 Without any of this a worker decides by its own ledger and the reports. docs/adr/0031-ledgers-by-datagram.md.
 """
 
@@ -25,6 +26,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from moe_core.clock import Clock
 from moe_core.config import SiblingsConfig
 from moe_core.latency import Ended, First
+from moe_gateway.key_shares import TOLD_MOST, KeyShares, Total
 
 if TYPE_CHECKING:
     from moe_gateway.state import Gateway
@@ -58,6 +60,7 @@ class Told(BaseModel):
     counts: dict[str, Counts]
     firsts: list[tuple[str, First]] = Field(default=[], max_length=LEARN_MOST)
     ended: list[tuple[str, Ended]] = Field(default=[], max_length=LEARN_MOST)
+    keys: dict[str, Total] = Field(default={}, max_length=TOLD_MOST)
 
 
 _TOLD = TypeAdapter(Told)
@@ -84,8 +87,9 @@ class View:
 class Siblings:
     """What the others told, and what is to be told next. Without a configuration it only knows the own ledger."""
 
-    def __init__(self, deployment: str, clock: Clock) -> None:
+    def __init__(self, deployment: str, clock: Clock, shares: KeyShares | None = None) -> None:
         self._deployment, self._clock = deployment, clock
+        self.shares = KeyShares() if shares is None else shares
         self._peers: dict[str, _Peer] = {}
         self.unsaid: list[tuple[str, First | Ended]] = []
         self.listening = False
@@ -126,6 +130,7 @@ class Siblings:
             "counts": {name: each.model_dump() for name, each in counts.items()},
             "firsts": firsts,
             "ended": ended,
+            "keys": self.shares.tell(),
         }
         body = orjson.dumps(told)
         return _mac(key, body) + body
@@ -146,6 +151,7 @@ class Siblings:
         if told.number <= peer.number and now_s - peer.heard_s < SILENT_S:
             return ()
         peer.number, peer.heard_s, peer.counts = told.number, now_s, told.counts
+        self.shares.hear(told.worker, told.keys, now_s)
         for name in [name for name, each in self._peers.items() if now_s - each.heard_s > 60 * SILENT_S]:
             del self._peers[name]
         return [*told.firsts, *told.ended]
@@ -181,18 +187,19 @@ class Telling(asyncio.DatagramProtocol):
         """Tell and hear until cancelled. A port that is taken is another worker's of this pod: the next is tried."""
         loop, gateway = asyncio.get_running_loop(), self._gateway
         own = await self._bind(loop)
-        gateway.siblings.listening = True
+        gateway.siblings.listening = gateway.siblings.shares.telling = True
         told_s = -math.inf
         finding = asyncio.create_task(self._find(loop, own), name="find siblings")
         try:
             while True:
                 now_s = gateway.clock.monotonic()
-                if self._changed(now_s) or gateway.siblings.unsaid or now_s - told_s >= HEARTBEAT_S:
+                news = gateway.siblings.unsaid or gateway.siblings.shares.pending()
+                if self._changed(now_s) or news or now_s - told_s >= HEARTBEAT_S:
                     told_s = now_s
                     self._tell(now_s)
                 await gateway.clock.sleep(TELL_EVERY_S)
         finally:
-            gateway.siblings.listening = False
+            gateway.siblings.listening = gateway.siblings.shares.telling = False
             finding.cancel()
             if self._transport is not None:
                 self._transport.close()

@@ -76,7 +76,7 @@ class Gateway:
         self.shadow = Shadow(config.deployment, self.telemetry.registry, clock)
         self.recorder = None if config.record is None else Recorder(config.record, clock, self.log)
         self.forecasts = Forecasts(config.deployment, self.telemetry.registry, clock)
-        self.siblings = Siblings(config.deployment, clock)
+        self.siblings = Siblings(config.deployment, clock, self.access.shares)
         self.looks = Looks()
         self.held = Held(clock)
         self.knobs: Knobs | None = None

@@ -75,7 +75,7 @@ def test_what_one_measures_all_learn() -> None:
     assert list(one.hear(other.datagram("b", {}, KEY), "a", KEY)) == seen
 
 
-def _free_ports() -> int:
+def free_ports() -> int:
     """A port whose successor is free too."""
     for _ in range(50):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as first, socket.socket(type=socket.SOCK_DGRAM) as second:
@@ -107,7 +107,7 @@ CONFIG = GatewayConfig.model_validate(
 
 
 async def test_two_workers_of_a_pod_know_each_others_requests() -> None:
-    told = SiblingsConfig(host="127.0.0.1", port=_free_ports(), workers=2)
+    told = SiblingsConfig(host="127.0.0.1", port=free_ports(), workers=2)
     workers = [Gateway(CONFIG, SystemClock(), name=f"w{n}") for n in range(2)]
     tasks = [asyncio.create_task(Telling(worker, told).run()) for worker in workers]
     try:
