@@ -43,6 +43,8 @@ HOLD_Z = 2.33
 HOLD_LEAST_S = 0.05
 CROWDING = 4.0
 """Requests by which a P(ITL > SLO) counts: a step that is too long is too long for all that decode."""
+LATE_PRICE = 3.0
+"""What a late answer costs beside its price, in prices: of two targets a cheaper one is taken while it is worth it."""
 WORTH_POWER = 4.0
 WORTH_MOST = 8.0
 """Relief for a dollar to this power, and within this factor, moves the odds at which a request spills."""
@@ -244,39 +246,45 @@ def _without_local(context: SpillContext, state: SpillState) -> tuple[Decision, 
 def _pick_target(
     context: SpillContext, state: SpillState, p_miss_local: float | None, *, capped: bool = True
 ) -> tuple[TargetView | None, Blocked | None]:
-    """The first target, in the order of the resource, that may and should take the request; else why none."""
+    """The cheapest target, late answers priced in, of those that may take the request and are likelier in time than
+    the own replicas; else why none. Ties go to the first in the order of the resource."""
     if not context.targets:
         return None, Blocked.NO_TARGET
     if capped and _over_share(context, state):
         return None, Blocked.SHARE_CAP
-    blocked, able = Blocked.TARGET_DOWN, list[TargetView]()
+    blocked, able = Blocked.TARGET_DOWN, list[tuple[float, TargetView]]()
     for target in context.targets:
         if target.name in context.tried or not target.available:
             continue
         if target.cost_usd > 0 and (context.budget_left_usd is None or target.cost_usd > context.budget_left_usd):
             blocked = Blocked.BUDGET
             continue
-        if p_miss_local is not None:
-            ttft_s = predict_ttft_s(target.estimate, context.prompt_tokens)
-            if p_late(ttft_s, target.estimate.sigma, context.ttft_slo_s - context.elapsed_s) >= p_miss_local:
-                blocked = Blocked.NO_GAIN
-                continue
-        able.append(target)
-        if context.session is None:
-            break
-    return (_of_session(able, context.session), None) if able else (None, blocked)
+        ttft_s = predict_ttft_s(target.estimate, context.prompt_tokens)
+        late = p_late(ttft_s, target.estimate.sigma, context.ttft_slo_s - context.elapsed_s)
+        if p_miss_local is not None and late >= p_miss_local:
+            blocked = Blocked.NO_GAIN
+            continue
+        able.append((_price(target) * (1.0 + LATE_PRICE * late), target))
+    if not able:
+        return None, blocked
+    _, cheapest = min(able, key=lambda one: one[0])
+    return _of_session(cheapest, [target for _, target in able], context.session), None
 
 
-def _of_session(able: list[TargetView], session: str | None) -> TargetView:
-    """Of those that cost what the first does, the one that the session belongs to: its cached prompt may be there."""
-    first = able[0]
+def _of_session(cheapest: TargetView, able: list[TargetView], session: str | None) -> TargetView:
+    """Of equally dear ones the one that the session belongs to: its cached prompt may be there."""
     if session is None or len(able) == 1:
-        return first
+        return cheapest
     return next(
         target
         for target in belonging(session, [(target, target.name, 1) for target in able])
-        if (target.cost_usd, target.expected_usd) == (first.cost_usd, first.expected_usd)
+        if (target.cost_usd, target.expected_usd) == (cheapest.cost_usd, cheapest.expected_usd)
     )
+
+
+def _price(target: TargetView) -> float:
+    """What the request likely costs there; where nobody knows, the most that it can."""
+    return target.expected_usd or float(target.cost_usd)
 
 
 def _over_share(context: SpillContext, state: SpillState) -> bool:

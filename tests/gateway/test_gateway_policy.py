@@ -78,6 +78,49 @@ DRAINING = revision(weight=0)
 DEAR = target(cost_usd=Decimal("0.02"))
 
 
+QUICK, SLOW = QUICK_API, LatencyEstimate(base_prior_s=0.6, slope_prior_s=0.0)
+
+
+def priced(name: str, usd: float, estimate: LatencyEstimate = QUICK, **more: Any) -> TargetView:
+    return target(name, estimate=estimate, expected_usd=usd, cost_usd=Decimal(repr(2 * usd)), **more)
+
+
+@pytest.mark.parametrize(
+    ("targets", "want"),
+    [
+        pytest.param((priced("first", 0.02), priced("cheap", 0.01)), "cheap", id="the cheapest, wherever it stands"),
+        pytest.param((priced("first", 0.01), priced("second", 0.01)), "first", id="of equals the first"),
+        pytest.param((priced("first", 0.02), priced("late", 0.018, SLOW)), "first", id="a little cheaper, often late"),
+        pytest.param((priced("first", 0.02), priced("late", 0.002, SLOW)), "late", id="a tenth of the price"),
+        pytest.param(
+            (priced("first", 0.02), priced("cheap", 0.01, available=False)), "first", id="the cheapest is down"
+        ),
+        pytest.param((target("known", cost_usd=Decimal("0.01")), priced("dear", 0.02)), "known", id="its most is less"),
+    ],
+)
+def test_a_spilled_request_goes_where_it_is_cheapest_late_answers_priced_in(
+    targets: tuple[TargetView, ...], want: str
+) -> None:
+    for now in (
+        context(QUEUED, targets=targets, budget_left_usd=Decimal(1)),
+        context(DOWN, targets=targets, budget_left_usd=Decimal(1)),
+    ):
+        decision, _ = decide(now, SpillState())
+        assert (decision.action, decision.target) == (Action.SPILL, want)
+
+
+def test_the_next_cheapest_is_next_where_one_has_failed() -> None:
+    targets = (priced("a", 0.03), priced("b", 0.01), priced("c", 0.02))
+    tried: frozenset[str] = frozenset()
+    order = []
+    for _ in targets:
+        decision, _ = decide(context(DOWN, targets=targets, budget_left_usd=Decimal(1), tried=tried), SpillState())
+        assert decision.target is not None
+        order.append(decision.target)
+        tried |= {decision.target}
+    assert order == ["b", "c", "a"]
+
+
 @pytest.mark.parametrize(
     ("given_context", "want"),
     [
