@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from moe_cli.completion import PROGRAM, VARIABLE, Shell, ask_for, prepare, script
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
 from moe_cli.tune_commands import app as tune
@@ -434,6 +435,18 @@ def crd(
     _end(custom_resource(Say(), write=write, check=check))
 
 
+@app.command()
+def completion(
+    shell: Annotated[Shell, typer.Argument(help="The shell that is to complete.", show_default=False)],
+) -> None:
+    """Shell code that completes commands and options: `source <(moectl completion bash)` in a shell's start file.
+
+    For zsh likewise, after `compinit`; for fish: `moectl completion fish | source`. As a plugin, `kubectl moe` is
+    completed by kubectl's own completion.
+    """
+    Say().line(script(shell))
+
+
 @app.command(name="version")
 def show_version() -> None:
     """Version of moectl."""
@@ -455,10 +468,11 @@ def _end(code: Exit) -> None:
     raise typer.Exit(int(code))
 
 
-def main() -> None:
-    """Entry point: problems become sentences and exit codes, never tracebacks."""
+def main(program: str = PROGRAM) -> None:
+    """Entry point: problems become sentences and exit codes, never tracebacks. `program`: as a person called it."""
+    prepare()
     try:
-        app()
+        app(prog_name=program, complete_var=VARIABLE)
     except Refusal as refusal:
         for problem in refusal.problems:
             Say().problem(problem)
@@ -466,6 +480,17 @@ def main() -> None:
     except KeyboardInterrupt:
         Say().problem(Problem(message="interrupted"))
         sys.exit(int(Exit.INTERRUPTED))
+
+
+def plugin() -> None:
+    """Entry point `kubectl-moe`: what kubectl runs for `kubectl moe`."""
+    main("kubectl moe")
+
+
+def plugin_completion() -> None:
+    """Entry point `kubectl_complete-moe`: what kubectl runs to complete `kubectl moe …`."""
+    ask_for(sys.argv[1:])
+    plugin()
 
 
 if __name__ == "__main__":
