@@ -132,6 +132,11 @@ GATEWAY_TTFT = _histogram("moestack_gateway_ttft_seconds", _GATEWAY, "Arrival to
 GATEWAY_ITL = _histogram("moestack_gateway_itl_seconds", _GATEWAY, "A request's mean time between output tokens")
 GATEWAY_DURATION = _histogram("moestack_gateway_request_seconds", _GATEWAY, "Arrival to last byte")
 GATEWAY_IN_FLIGHT = _gauge("moestack_gateway_in_flight_requests", _GATEWAY, "Requests now at a target")
+GATEWAY_BREAKER_OPEN = _gauge(
+    "moestack_gateway_breaker_open",
+    _GATEWAY,
+    "1 while an upstream that failed again and again is given probes alone, 0 while it is given requests",
+)
 GATEWAY_SPILLED = _counter("moestack_gateway_spilled_requests_total", (*_GATEWAY, "reason"), "Sent to a closed API")
 GATEWAY_SHED = _counter("moestack_gateway_shed_requests_total", ("deployment", "reason"), "Refused by 529 or 503")
 GATEWAY_RETRIES = _counter(

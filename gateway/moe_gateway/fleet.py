@@ -49,6 +49,11 @@ class Fleet:
         """Requests now at upstreams of a name: one of today and, after a change of its address, one of before."""
         return sum(upstream.ledger.in_flight for upstream in self.all if upstream.name == name)
 
+    def probing(self, name: str) -> bool:
+        """Whether the upstream of a name in the configuration in force is given probes alone."""
+        upstream = self.by_name.get(name)
+        return upstream is not None and upstream.probing()
+
     def settled(self) -> Fleet:
         """Without those that have left and whose last request has ended."""
         busy = tuple(upstream for upstream in self.leaving if upstream.ledger.in_flight)

@@ -21,6 +21,7 @@ from moe_core.wire import Ack, GatewayDigest, TargetDigest
 Rule = Literal["sum", "min", "max", "mean"]
 RULES: dict[str, Rule] = {
     metrics.GATEWAY_IN_FLIGHT.name: "sum",
+    metrics.GATEWAY_BREAKER_OPEN.name: "max",
     metrics.GATEWAY_KNOBS_VERSION.name: "min",
     metrics.GATEWAY_WEIGHTS_VERSION.name: "min",
     metrics.GATEWAY_CONFIG_LOADED.name: "min",

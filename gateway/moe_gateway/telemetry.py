@@ -75,6 +75,7 @@ class Telemetry:
         sources = {table.GEN_AI_DURATION: self._duration, table.GEN_AI_TTFT: self._ttft, table.GEN_AI_ITL: self._itl}
         registry.register(GenAiCollector(sources, self._provider_and_model))
         self._in_flight = table.gauge(table.GATEWAY_IN_FLIGHT, registry)
+        self._breaker = table.gauge(table.GATEWAY_BREAKER_OPEN, registry)
         self._spilled = table.counter(table.GATEWAY_SPILLED, registry)
         self._shed = table.counter(table.GATEWAY_SHED, registry)
         self._retries = table.counter(table.GATEWAY_RETRIES, registry)
@@ -100,8 +101,10 @@ class Telemetry:
         self._fleet, self._slo = fleet, slo
         for name in gone:
             self._in_flight.remove(self._deployment, name)
+            self._breaker.remove(self._deployment, name)
         for name, local in fleet.names.items():
             self._in_flight.labels(self._deployment, name).set_function(partial(fleet.in_flight, name))
+            self._breaker.labels(self._deployment, name).set_function(partial(fleet.probing, name))
             if not local:
                 self._spend.labels(self._deployment, name)
 

@@ -17,7 +17,7 @@ import yaml
 from moe_api import crd
 from moe_core import metrics
 from moe_operator import rbac
-from moe_operator.render.monitoring import Alert
+from moe_operator.render.alerts import Alert
 
 HEADER = "# Written by `python -m moe_operator.chart --write`; `make check` compares.\n"
 ALERTS = (
@@ -27,6 +27,7 @@ ALERTS = (
         "5m",
         "critical",
         "no operator holds the lease: nothing is deployed, upgraded or repaired; what runs goes on",
+        "No process has said for 5 minutes that it leads: none runs, none gets the lease, or none is scraped.",
     ),
     Alert(
         "MoEStackOperatorFailing",
@@ -34,6 +35,7 @@ ALERTS = (
         "15m",
         "warning",
         "reconciles fail again and again",
+        "{{ $value | humanize }} reconciles a second end in an error.",
     ),
     Alert(
         "MoEStackOperatorBehind",
@@ -41,6 +43,7 @@ ALERTS = (
         "10m",
         "warning",
         "the operator sees the cluster late, or cannot keep up with it",
+        "A kind cannot be listed or watched, or a MoEDeployment has waited for more than 5 minutes.",
     ),
 )
 """About no one MoEDeployment; those of each are rendered beside it."""

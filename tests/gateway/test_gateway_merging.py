@@ -75,6 +75,7 @@ def test_every_gauge_of_the_gateway_has_a_rule() -> None:
     gauges = [row for row in metrics.ALL if row.kind == "gauge" and row.name.startswith("moestack_gateway_")]
     assert {row.name: rule(row.name, row.kind) for row in gauges} == {
         metrics.GATEWAY_IN_FLIGHT.name: "sum",
+        metrics.GATEWAY_BREAKER_OPEN.name: "max",
         metrics.GATEWAY_KNOBS_VERSION.name: "min",
         metrics.GATEWAY_WEIGHTS_VERSION.name: "min",
         metrics.GATEWAY_CONFIG_LOADED.name: "min",

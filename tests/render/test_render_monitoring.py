@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_core import metrics
 from moe_kube import objects as k
 from moe_kube.objects import Kind
-from moe_operator import chart
 from moe_operator.render import monitoring
-from tests.render.cases import CASES, ROOT, Case, example, put
+from moe_operator.render.alerts import alerts
+from tests.render.cases import CASES, Case, example, put
 
 BOTH = {k.POD_MONITOR, k.PROMETHEUS_RULE}
 LIMITED = example(
@@ -70,23 +68,8 @@ def found_ports(value: Any) -> list[dict[str, Any]]:
     return [port for item in value for port in found_ports(item)] if isinstance(value, list) else []
 
 
-def test_alerts_read_metrics_that_exist() -> None:
-    known = {metric.name for metric in metrics.ALL}
-    for alert in [*monitoring.alerts(LIMITED.resource), *chart.ALERTS]:
-        names = {name.removesuffix("_count") for name in re.findall(r"\bmoestack_[a-z_]+", alert.expr)}
-        assert names, alert.name
-        assert names <= known, alert.name
-
-
-def test_each_alert_has_its_place_in_the_runbook() -> None:
-    text = (ROOT / monitoring.RUNBOOK).read_text()
-    headings = {line.removeprefix("## ").strip().lower() for line in text.splitlines() if line.startswith("## ")}
-    alerts = [*monitoring.alerts(LIMITED.resource), *chart.ALERTS]
-    assert {alert.anchor for alert in alerts} == headings
-
-
 def test_an_external_engine_has_no_alert_on_its_replicas() -> None:
-    names = {alert.name for alert in monitoring.alerts(CASES["external-sglang"].resource)}
+    names = {alert.name for alert in alerts(CASES["external-sglang"].resource)}
     assert "MoEStackSLOFastBurn" in names
     assert "MoEStackReplicasMissing" not in names
 
