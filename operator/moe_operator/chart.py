@@ -1,4 +1,4 @@
-"""The parts of the Helm chart that come from code: the CRD, the operator's rights, and alerts on the operator itself.
+"""The parts of the Helm chart that come from code: CRD, the operator's rights, alerts on the operator, dashboards.
 
 python -m moe_operator.chart --write charts/moestack/files
 python -m moe_operator.chart --check charts/moestack/files
@@ -7,6 +7,7 @@ python -m moe_operator.chart --check charts/moestack/files
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ import yaml
 
 from moe_api import crd
 from moe_core import metrics
-from moe_operator import rbac
+from moe_operator import dashboards, rbac
+from moe_operator.dashboards.model import Dashboard, to_json
 from moe_operator.render.alerts import Alert
 
+DASHBOARDS = "dashboards"
 HEADER = "# Written by `python -m moe_operator.chart --write`; `make check` compares.\n"
 ALERTS = (
     Alert(
@@ -50,7 +53,7 @@ ALERTS = (
 
 
 def files() -> dict[str, str]:
-    """The files by name."""
+    """The files by name; a dashboard lies in a folder of its own."""
     definition = crd.render()
     # Helm deletes what it made: with the definition would go every MoEDeployment and all that serves.
     definition["metadata"].setdefault("annotations", {})["helm.sh/resource-policy"] = "keep"
@@ -59,6 +62,7 @@ def files() -> dict[str, str]:
         "rules.yaml": _dump(rbac.rules(rbac.OBJECTS)),
         "lease-rules.yaml": _dump(rbac.rules(rbac.OWN)),
         "alerts.yaml": _dump([_rule(alert) for alert in ALERTS]),
+        **{f"{DASHBOARDS}/{page.name}.json": _page(page) for page in dashboards.ALL},
     }
 
 
@@ -67,6 +71,10 @@ def _rule(alert: Alert) -> dict[str, Any]:
     del made["labels"]["moedeployment"]
     made["annotations"]["summary"] = alert.summary
     return made
+
+
+def _page(page: Dashboard) -> str:
+    return json.dumps(to_json(page), indent=1, ensure_ascii=False) + "\n"
 
 
 def _dump(content: Any) -> str:
@@ -85,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action.add_argument("--check", type=Path, metavar="FOLDER", help="exit with 1 where a file is another")
     chosen = parser.parse_args(arguments)
     if chosen.write is not None:
-        chosen.write.mkdir(parents=True, exist_ok=True)
         for name, text in files().items():
+            (chosen.write / name).parent.mkdir(parents=True, exist_ok=True)
             (chosen.write / name).write_text(text)
         return 0
     stale = [name for name, text in files().items() if _read(chosen.check / name) != text]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from moe_core.metrics import Metric
 
 
-def select(metric: Metric, suffix: str = "", **matchers: str) -> str:
+def select(metric: Metric, suffix: str = "", /, **matchers: str) -> str:
     """`name{label="value", …}`; a value that begins with ~ is a regular expression. Raises ValueError for a label that
     the metric has not."""
     _known(metric, matchers)
@@ -24,25 +24,25 @@ def over(operator: str, expr: str, by: Sequence[str] = ()) -> str:
     return f"{operator} by ({', '.join(by)}) ({expr})" if by else f"{operator}({expr})"
 
 
-def rate(metric: Metric, window: str, by: Sequence[str] = (), suffix: str = "", **matchers: str) -> str:
+def rate(metric: Metric, window: str, by: Sequence[str] = (), suffix: str = "", /, **matchers: str) -> str:
     """Increase a second of a counter, summed."""
     _known(metric, by)
     return over("sum", f"rate({select(metric, suffix, **matchers)}[{window}])", by)
 
 
-def increase(metric: Metric, window: str, by: Sequence[str] = (), **matchers: str) -> str:
+def increase(metric: Metric, window: str, by: Sequence[str] = (), /, **matchers: str) -> str:
     """Increase of a counter, summed."""
     _known(metric, by)
     return over("sum", f"increase({select(metric, **matchers)}[{window}])", by)
 
 
-def gauge(operator: str, metric: Metric, by: Sequence[str] = (), **matchers: str) -> str:
+def gauge(operator: str, metric: Metric, by: Sequence[str] = (), /, **matchers: str) -> str:
     """A gauge over all that export it, by `sum`, `max`, …"""
     _known(metric, by)
     return over(operator, select(metric, **matchers), by)
 
 
-def quantile(q: float, metric: Metric, window: str, by: Sequence[str] = (), **matchers: str) -> str:
+def quantile(q: float, metric: Metric, window: str, by: Sequence[str] = (), /, **matchers: str) -> str:
     """A quantile of a histogram over the requests of a window."""
     buckets = over("sum", f"rate({select(metric, '_bucket', **matchers)}[{window}])", ("le", *by))
     _known(metric, by)

@@ -86,7 +86,7 @@ async def test_what_is_missing_is_named_with_its_remedy(
 def test_the_charts_files_are_what_the_code_gives(tmp_path: Path) -> None:
     folder = ROOT / "charts" / "moestack" / "files"
     assert chart.main(["--check", str(folder)]) == 0
-    assert {path.name for path in folder.iterdir()} == set(chart.files())
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(chart.files())
     chart.main(["--write", str(tmp_path)])
     (tmp_path / "rules.yaml").write_text("[]")
     assert chart.main(["--check", str(tmp_path)]) == 1
