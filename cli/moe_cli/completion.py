@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from enum import StrEnum
 
-from typer.completion import completion_init, get_completion_script
+from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]
 
 PROGRAM = "moectl"
 VARIABLE = "_MOECTL_COMPLETE"

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from moe_core.config import OperatorConfig
+from moe_operator import chart
 from tests.cluster import operators
 from tests.cluster.control_plane import ROOT, ControlPlane, eventually
 
@@ -30,6 +31,7 @@ EVERYTHING = (
     ),
     *("--set", "imagePullSecrets[0].name=pull", "--set", "monitoring.enabled=true"),
     *("--set", "monitoring.labels.team=serving", "--set", "operator.nodeSelector.pool=system"),
+    *("--set", "dashboards.enabled=true", "--set", "dashboards.labels.team=serving"),
 )
 CUSTOM = {"PodMonitor", "PrometheusRule"}
 """Kinds that this control plane does not serve."""
@@ -103,6 +105,7 @@ BAD = {
     "no image": ((), "image.repository: name the image"),
     "a value that is none": ((*IMAGES, "--set", "operator.workrs=2"), "workrs"),
     "no such level": ((*IMAGES, "--set", "operator.logLevel=loud"), "logLevel"),
+    "a dashboard that is none": ((*IMAGES, "--set", "dashboards.enable=true"), "enable"),
     "a digest that is none": ((*IMAGES, "--set", "image.digest=abc"), "digest"),
 }
 
@@ -124,6 +127,23 @@ def test_rights_have_no_wildcard_and_are_those_of_the_manifest(control_plane: Co
         one(objects, "ClusterRole", "moestack-system-operator")["rules"]
         == one(manifest, "ClusterRole", "moestack-operator")["rules"]
     )
+
+
+def test_dashboards_are_shipped_byte_for_byte_where_grafana_looks(control_plane: ControlPlane) -> None:
+    wanted = {
+        f"moestack-{Path(name).name}": text for name, text in chart.files().items() if name.startswith(chart.DASHBOARDS)
+    }
+    at = ("--set", "dashboards.namespace=monitoring", "--set", "dashboards.folder=LLMs")
+    made = [
+        each for each in rendered(control_plane, "here", *EVERYTHING, *at) if "-dashboard-" in each["metadata"]["name"]
+    ]
+    assert {name: text for each in made for name, text in each["data"].items()} == wanted
+    for each in made:
+        assert each["metadata"]["namespace"] == "monitoring"
+        assert {"grafana_dashboard": "1", "team": "serving"}.items() <= each["metadata"]["labels"].items()
+        assert each["metadata"]["annotations"] == {"grafana_folder": "LLMs"}
+    none = rendered(control_plane, "here", *IMAGES)
+    assert not [each for each in none if "-dashboard-" in each["metadata"]["name"]]
 
 
 def test_the_plain_manifest_is_the_chart(control_plane: ControlPlane) -> None:

@@ -86,6 +86,14 @@ async def shed(_: Path) -> str:
         return await _told(client)
 
 
+async def missed(_: Path) -> str:
+    """A replica whose first token comes too late."""
+    slo = {"ttftP95S": 0.02, "itlP95S": 1.0}
+    async with FakeUpstream(Behaviour(first_s=0.1)) as local, running(config(local, slo=slo)) as client:
+        assert (await client.post(STREAM)).status == 200
+        return await _told(client)
+
+
 async def broken(_: Path) -> str:
     rest = Behaviour(words=("w2 ", "w3 "))
     async with FakeUpstream(rest) as local, running(config(local, midStream={"mode": "Continue"})) as client:
@@ -220,4 +228,4 @@ def calls() -> str:
     return exporter.exposition().decode()
 
 
-GATEWAYS: tuple[Callable[[Path], Awaitable[str]], ...] = (paid, shed, broken, shadow, rented, external)
+GATEWAYS: tuple[Callable[[Path], Awaitable[str]], ...] = (paid, shed, missed, broken, shadow, rented, external)

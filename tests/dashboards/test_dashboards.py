@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from moe_core import metrics
 from moe_operator import chart, promql
@@ -21,6 +22,7 @@ from tests.dashboards.history import Prometheus, prometheus
 from tests.dashboards.terms import Matcher, Series, grouped, series
 from tests.render.cases import ROOT, example, put
 
+FILES = ROOT / "charts" / "moestack" / "files"
 VARIABLES = {"$deployment": ".*", "$replica": ".*", "$__rate_interval": "1m"}
 """As Grafana fills them in, with All chosen."""
 PANELS = {f"{page.name}: {panel.title}": panel for page in ALL for row in page.rows for panel in row.panels}
@@ -32,17 +34,19 @@ Exported = dict[str, list[dict[str, str]]]
 
 
 def expressions() -> dict[str, str]:
-    """Every expression that is shipped, by where it stands."""
-    found = {
-        f"{name}: {number}": query.expr for name, panel in PANELS.items() for number, query in enumerate(panel.queries)
-    }
-    found |= {f"{page.name}: mark {name}": query.expr for page in ALL for name, query in page.marks}
-    found |= {f"alert {alert.name}": alert.expr for alert in (*alerts(RESOURCE), *chart.ALERTS)}
-    for page in ALL:
-        for variable in to_json(page)["templating"]["list"]:
+    """Every expression of the files that the chart ships and of a MoEDeployment's alerts, by where it stands."""
+    found = {f"alert {alert.name}": alert.expr for alert in alerts(RESOURCE)}
+    found |= {f"alert {rule['alert']}": rule["expr"] for rule in yaml.safe_load((FILES / "alerts.yaml").read_text())}
+    for path in sorted((FILES / chart.DASHBOARDS).glob("*.json")):
+        page = json.loads(path.read_text())
+        for panel in page["panels"]:
+            for target in panel.get("targets", ()):
+                found[f"{path.stem}: {panel['title']}: {target['refId']}"] = target["expr"]
+        found |= {f"{path.stem}: mark {mark['name']}": mark["expr"] for mark in page["annotations"]["list"]}
+        for variable in page["templating"]["list"]:
             if variable["type"] == "query":
                 text = variable["definition"].removeprefix("label_values(").removesuffix(f", {variable['name']})")
-                found[f"{page.name}: variable {variable['name']}"] = f"max by ({variable['name']}) ({text})"
+                found[f"{path.stem}: variable {variable['name']}"] = f"max by ({variable['name']}) ({text})"
     return found
 
 
@@ -93,9 +97,9 @@ def problems(expr: str, exported: Exported) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("where", expressions())
-def test_it_names_series_and_labels_that_are_exported(where: str, exported: Exported) -> None:
-    assert problems(filled_in(expressions()[where]), exported) == []
+@pytest.mark.parametrize(("where", "expr"), expressions().items(), ids=expressions())
+def test_it_names_series_and_labels_that_are_exported(where: str, expr: str, exported: Exported) -> None:
+    assert problems(filled_in(expr), exported) == [], where
 
 
 @pytest.mark.parametrize("name", PANELS)
@@ -168,7 +172,7 @@ def test_a_page_is_a_document_that_grafana_reads(page: Dashboard) -> None:
 
 def test_pages_have_names_of_their_own() -> None:
     assert len({page.name for page in ALL}) == len(ALL) == 5
-    shipped = {path.stem for path in (ROOT / "charts" / "moestack" / "files" / "dashboards").glob("*.json")}
+    shipped = {path.stem for path in (FILES / chart.DASHBOARDS).glob("*.json")}
     assert shipped == {page.name for page in ALL}
 
 
