@@ -17,6 +17,8 @@ Json = dict[str, Any]
 SCHEMA_VERSION = 39
 """Of Grafana 10.4 and 11: newer ones read it and move it on."""
 COLUMNS = 24
+GRID_POINTS = 100
+"""Cells of a row: Grafana draws no grid with more than 200."""
 TAG = "moestack"
 DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
 DEPLOYMENT = "~$deployment"
@@ -213,6 +215,7 @@ def _panel(panel: Panel, number: int, place: Json) -> Json:
         ],
         "fieldConfig": {"defaults": _field(panel), "overrides": []},
         "options": _options(panel),
+        **({"maxDataPoints": GRID_POINTS} if panel.kind is Kind.GRID else {}),
     }
 
 
