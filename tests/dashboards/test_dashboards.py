@@ -176,6 +176,11 @@ def test_pages_have_names_of_their_own() -> None:
     assert shipped == {page.name for page in ALL}
 
 
+def test_the_guide_names_every_page() -> None:
+    named = re.findall(r"^\| moestack: (.+?) \|", (ROOT / "docs" / "dashboards.md").read_text(), flags=re.MULTILINE)
+    assert named == [page.title for page in ALL]
+
+
 RENAMED = {
     "a metric that is gone": ("max(moestack_gateway_breakers_open)", "no exporter has"),
     "a label in a matcher": ('sum(rate(moestack_gateway_spend_usd_total{tenant="a"}[5m]))', "has no label tenant"),
