@@ -268,7 +268,8 @@ def unheeded(spec: MoEDeploymentSpec) -> tuple[tuple[str, str], ...]:
         if target.limits != TargetLimits():
             found.append((f"{place}.limits", "the gateway counts no requests of a provider's contract yet"))
     if monitoring.dashboards is Toggle.ENABLED:
-        found.append(("spec.monitoring.dashboards", "dashboards come with the chart, for every MoEDeployment: its dashboards.enabled makes them"))
+        why = "dashboards come with the chart, for every MoEDeployment: its dashboards.enabled makes them"
+        found.append(("spec.monitoring.dashboards", why))
     return tuple(found)
 
 
