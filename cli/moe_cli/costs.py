@@ -18,8 +18,8 @@ from moe_core import http
 from moe_core.costs import CostReport, CostRow, Forecast, Rent, forecast, rent
 from moe_core.http import HttpError, call_json
 from moe_core.wire import GatewayDigest, ReplicaDigest
-from moe_planner.breakeven import BreakEven, Own, Tariffed, break_even
-from moe_planner.cost import Workload
+from moe_planner.breakeven import BreakEven
+from moe_planner.measured import break_evens
 
 ASK_S = 5.0
 WINDOW_S = 300
@@ -37,7 +37,7 @@ async def show(state_dir: Path, say: Say, *, url: str | None, usd_per_gpu_hour: 
         report, digest, replicas = await _ask(client, gateway.rstrip("/"), state)
     spent = None if usd_per_gpu_hour is None else rent(replicas, usd_per_gpu_hour)
     gpus = sum(replica.ranks for replica in replicas)
-    even = _break_even(report, digest, gpus, usd_per_gpu_hour)
+    even = break_evens(report, digest, gpus, usd_per_gpu_hour)
     if as_json:
         say.line(json.dumps(document(report, forecast(report), spent, even)))
     else:
@@ -148,24 +148,3 @@ async def _ask(
         return report, digest, TypeAdapter(tuple[ReplicaDigest, ...]).validate_python(raw)
     except (HttpError, ValidationError):
         return report, digest, ()
-
-
-def _break_even(
-    report: CostReport, digest: GatewayDigest | None, gpus: int, usd_per_gpu_hour: float | None
-) -> tuple[BreakEven, ...]:
-    """Where own GPUs cost what each priced target does, at the mean request of the last minutes."""
-    if digest is None or not digest.completed or not gpus or not usd_per_gpu_hour:
-        return ()
-    mean = Workload("measured", digest.prompt_tokens / digest.completed, digest.output_tokens / digest.completed)
-    own = Own(gpus, usd_per_gpu_hour)
-    tariffs = [
-        Tariffed(
-            price.target,
-            float(price.input_usd_per_m),
-            float(price.output_usd_per_m),
-            None if price.cached_input_usd_per_m is None else float(price.cached_input_usd_per_m),
-        )
-        for price in report.prices
-        if price.input_usd_per_m or price.output_usd_per_m
-    ]
-    return tuple(break_even(own, tariff, mean) for tariff in tariffs)

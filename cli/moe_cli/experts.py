@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_cli import heat_picture, heat_text
 from moe_cli.documents import read_state
-from moe_cli.heat import Of, grid, since
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
 from moe_core.clock import Clock
+from moe_core.expert_load import Of, grid, since
 from moe_core.http import HttpError, call_json, session
 from moe_core.wire import ExpertMatrix
 

@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import Literal
 from xml.sax.saxutils import escape
 
-from moe_cli.heat import Grid, Of, Row, grid, title
+from moe_cli.heat import title
+from moe_core.expert_load import Grid, Of, Row, grid
 from moe_core.wire import ExpertMatrix
 
 INK, FAINT, PAPER, UNKNOWN = "#1b1f24", "#6a737d", "#ffffff", "#e7e9ec"

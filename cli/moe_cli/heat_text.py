@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from rich.style import Style
 from rich.text import Text
 
-from moe_cli.heat import BOUNDS, LEVELS, Grid, Of, Row, binned, level, title
+from moe_cli.heat import BOUNDS, LEVELS, level, title
+from moe_core.expert_load import Grid, Of, Row, binned
 from moe_core.wire import ExpertMatrix
 
 BLOCKS = "·▁▂▃▄▅▆▇█"

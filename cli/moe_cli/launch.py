@@ -21,7 +21,7 @@ import aiohttp
 from pydantic import ValidationError
 from rich.live import Live
 
-from moe_cli import live, preflight, processes, status
+from moe_cli import console, live, preflight, processes, status
 from moe_cli.documents import PLAN, STATE, Phase, StackPlan, StackState, read_state, wipe, write, write_state
 from moe_cli.files import read
 from moe_cli.fit import Refused
@@ -93,6 +93,7 @@ def up(options: UpOptions, say: Say) -> Exit:
         raise Refusal(*wanted.problems, code=wanted.code)
     with _folder(folder) as lock:
         _clear(folder, say)
+        to_write = {**to_write, **console.new_tokens(folder)}
         for path, value in to_write.items():
             path.parent.mkdir(mode=0o700, exist_ok=True)
             write(path, value)
@@ -178,7 +179,7 @@ async def _follow(options: UpOptions, wanted: StackPlan, lock: int, say: Say) ->
             if state is not None and state.phase is Phase.UP and not stop.is_set():
                 if options.chat:
                     await _unless(stop, _say_hello(state, say))
-                for line in () if view.fancy else live.places(state):
+                for line in () if view.fancy else live.places(state, console.address(state, folder)):
                     say.line(line)
                 say.line(f"{'try:':15}{live.example(state)}")
                 leave = options.detach and not stop.is_set()
@@ -298,7 +299,8 @@ class Screen:
             self._asked_s = time.monotonic()
             self._figures, _ = await status.gather(client, state)
         if self._live is not None:
-            self._live.update(live.screen(state, self._figures, time.time()), refresh=True)
+            page = console.address(state, self._folder)
+            self._live.update(live.screen(state, self._figures, time.time(), page), refresh=True)
             return
         for line in live.events(before, state):
             self._say.line(line)

@@ -21,12 +21,12 @@ _MARKS = {
 }
 
 
-def screen(state: StackState, figures: Figures | None, now_s: float) -> RenderableType:
+def screen(state: StackState, figures: Figures | None, now_s: float, page: str | None = None) -> RenderableType:
     """The whole live view."""
     title = Text.assemble((state.deployment, "bold"), f"  {state.model}  {state.ranks} EP ranks  ", state.phase.value)
     blocks: list[RenderableType] = [title, stages(state, now_s)]
     if figures is not None and state.phase is Phase.UP:
-        blocks += [figures_table(figures), *(Text(line, style="dim") for line in places(state))]
+        blocks += [figures_table(figures), *(Text(line, style="dim") for line in places(state, page))]
         blocks.append(Text("Ctrl-C stops everything.", style="dim"))
     return Group(*blocks)
 
@@ -90,12 +90,13 @@ def figures_line(figures: Figures) -> str:
     return "; ".join(f"{name}: {value}" for name, value in figure_rows(figures))
 
 
-def places(state: StackState) -> list[str]:
-    """Where everything is."""
+def places(state: StackState, page: str | None = None) -> list[str]:
+    """Where everything is; `page`: the console, with its token."""
     rows = [("OpenAI API", state.gateway_url), ("board", state.fact("serving", "boardUrl"))]
     for label, part, fact in (("gateway admin", "gateway", "adminPort"), ("tuner", "tuner", "port")):
         port = state.fact(part, fact)
         rows.append((label, None if port is None else f"http://127.0.0.1:{port}"))
+    rows.append(("console", page))
     rows.append(("Prometheus", state.fact("prometheus", "url")))
     lines = [f"{label + ':':15}{url}" for label, url in rows if url is not None]
     log = state.part("serving")

@@ -74,6 +74,20 @@ def up(
 
 
 @app.command()
+def console(
+    state_dir: StateDir = None,
+    operate: Annotated[
+        bool, typer.Option("--operate", help="With the token that may pause and pin, for 15 minutes.")
+    ] = False,
+) -> None:
+    """Print the address of the web page: deployments, load of experts, decisions, cost. Its token is a secret."""
+    from moe_cli.console import show
+    from moe_cli.launch import default_state_dir
+
+    _end(show((state_dir or default_state_dir()).resolve(), Say(), operate=operate))
+
+
+@app.command()
 def down(state_dir: StateDir = None) -> None:
     """End the stack that `up` left running. Nothing running is no error."""
     from moe_cli.launch import default_state_dir
@@ -140,9 +154,9 @@ def experts(
 ) -> None:
     """Load of every expert in every layer, asked from the replicas now: a heat map of what is hot."""
     from moe_cli.experts import ExpertsOptions, run
-    from moe_cli.heat import Of
     from moe_cli.launch import default_state_dir
     from moe_core.clock import SystemClock
+    from moe_core.expert_load import Of
 
     if of not in list(Of):
         raise Refusal(Problem(field="--of", message=f"{of} is not known", remedy=f"one of {', '.join(Of)}"))

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from moe_api.v1alpha1 import FallbackTarget, MoEDeployment
 from moe_core import process_config
-from moe_core.config import GatewayConfig, GatewayLimits, RevisionConfig, ServingConfig, TargetConfig, TunerConfig
+from moe_core.config import (
+    ConsoleConfig,
+    GatewayConfig,
+    GatewayLimits,
+    RevisionConfig,
+    ServingConfig,
+    TargetConfig,
+    TunerConfig,
+)
 
 REVISION = "local"
 DRAIN_S = 5.0
@@ -82,6 +90,7 @@ def tuner_config(
     prometheus_url: str,
     signing_key: Path,
     state_dir: Path,
+    console: ConsoleConfig,
 ) -> TunerConfig:
     spec = resource.spec
     return TunerConfig(
@@ -99,6 +108,7 @@ def tuner_config(
         changes_per_hour=spec.tuning.change_budget.changes_per_hour,
         trials_per_day=spec.tuning.change_budget.trials_per_day,
         paused=spec.tuning.paused,
+        console=console,
     )
 
 

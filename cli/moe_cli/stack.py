@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_api.v1alpha1 import MoEDeployment
-from moe_cli import plan_local
+from moe_cli import console, plan_local
 from moe_cli.documents import TARGETS, Part, StackPlan
 from moe_cli.fit import Fit, Machine, Refused, fit
 from moe_cli.outcome import Exit, Problem
@@ -164,6 +164,7 @@ def _tuner(fitted: Fit, machine: Machine, options: Options) -> Part:
         prometheus_url=PROMETHEUS_URL,
         signing_key=options.state_dir / "signing.pem",
         state_dir=options.state_dir,
+        console=console.config(options.state_dir, fitted.resource, fitted),
     )
     return Part(
         name="tuner",

@@ -248,6 +248,25 @@ class KnobBounds(Model):
     pinned: tuple[str, ...] = ()
 
 
+class PlanRow(Model):
+    """One line of what was planned for a deployment, in words for people."""
+
+    deployment: str
+    what: str
+    value: str
+    why: str = ""
+
+
+class ConsoleConfig(Model):
+    """The tuner's web page. Tokens lie in files, 32 characters at least, and are read when the process starts."""
+
+    read_token_file: str = Field(description="who has its content may look")
+    operate_token_file: str | None = Field(default=None, description="may pause and pin too; None: nobody may, there")
+    hosts: tuple[str, ...] = Field(default=(), description="names under which it is reached, beside those of loopback")
+    usd_per_gpu_hour: float | None = Field(default=None, ge=0, description="rent of an own GPU, for break-evens")
+    plan: Annotated[tuple[PlanRow, ...], Field(max_length=1000)] = ()
+
+
 class TunerConfig(Model):
     """Everything a tuner process knows about one deployment on one machine."""
 
@@ -279,6 +298,7 @@ class TunerConfig(Model):
     storage_password_file: str | None = Field(
         default=None, description="file with the password of storageUrl, which then has none; read at each connection"
     )
+    console: ConsoleConfig | None = Field(default=None, description="None: no web page")
 
 
 class TunersConfig(Model):
@@ -290,6 +310,7 @@ class TunersConfig(Model):
     host: str = "127.0.0.1"
     port: Port = 0
     log_level: str = "INFO"
+    console: ConsoleConfig | None = None
 
 
 class ServingConfig(Model):

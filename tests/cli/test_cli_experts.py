@@ -19,10 +19,11 @@ from rich.console import Console
 
 from moe_cli import heat_picture, heat_text
 from moe_cli.experts import ExpertsOptions, run
-from moe_cli.heat import LEVELS, Of, binned, grid, level, since
+from moe_cli.heat import LEVELS, level
 from moe_cli.outcome import Exit, Refusal
 from moe_cli.say import Say
 from moe_core.clock import FakeClock
+from moe_core.expert_load import Of, binned, grid, since
 from moe_core.wire import ExpertKnobs, ExpertMatrix, LayerFactors, LayerLoad
 
 

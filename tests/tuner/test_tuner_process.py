@@ -27,7 +27,7 @@ from tests.tuner.tuner_world import Plant, Traffic, context, setting
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("api", "core", "tuner")),
+    "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("api", "core", "planner", "tuner")),
 }
 
 

@@ -15,6 +15,8 @@ from aiohttp import web
 from moe_core.clock import Clock, SystemClock
 from moe_core.http import session
 from moe_core.log import configure, get_log
+from moe_tuner.console.rights import LOOPBACK
+from moe_tuner.console.routes import load_tokens, mount
 from moe_tuner.deployment import Shared, load_signer
 from moe_tuner.exporter import Families
 from moe_tuner.fleet import ConfigWatch, Fleet
@@ -31,7 +33,11 @@ async def serve(path: Path, loaded: Loaded, clock: Clock, stop: asyncio.Event) -
     async with session(connect_s=1.0, read_s=5.0) as client:
         fleet = Fleet(Shared(client, clock, log, workers, families))
         watch = ConfigWatch(fleet, path, loaded.hash, clock, log)
-        runner = web.AppRunner(application(fleet, families), access_log=None, shutdown_timeout=GRACE_S)
+        app = application(fleet, families)
+        if loaded.console is not None:
+            tokens, loopback = load_tokens(loaded.console), loaded.host in LOOPBACK
+            mount(app, fleet, loaded.console, tokens, client=client, clock=clock, log=log, loopback=loopback)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, loaded.host, loaded.port).start()

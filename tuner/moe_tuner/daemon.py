@@ -95,7 +95,7 @@ class Tuner:
         await self._fast(in_force, now_s)
         await self._explore(in_force, now_s)
         await self._hold_pins()
-        self.exporter.version(0 if hand.knobs is None else hand.knobs.version)
+        self.exporter.version(self.version)
 
     @property
     def healthy(self) -> bool:
@@ -110,6 +110,21 @@ class Tuner:
     def live(self) -> Live:
         return self._live
 
+    @property
+    def signals(self) -> Signals:
+        """What the last tick saw."""
+        return self._folded.signals
+
+    @property
+    def in_force(self) -> Setting | None:
+        """None until the board has answered."""
+        return self._hand.in_force
+
+    @property
+    def version(self) -> int:
+        """Of the knobs in force; 0 before any were sent."""
+        return 0 if self._hand.knobs is None else self._hand.knobs.version
+
     def history(self, limit: int) -> tuple[DecisionRecord, ...]:
         """The last decisions from the log, newest first. Blocks."""
         return self._hand.read(limit)
@@ -123,7 +138,7 @@ class Tuner:
             paused=config.paused,
             pins=config.bounds.pinned,
             started_at_s=self._started_at_s,
-            version=0 if hand.knobs is None else hand.knobs.version,
+            version=self.version,
             knobs=hand.in_force,
             home=hand.state.home,
             displaced=hand.in_force is not None and hand.in_force != hand.state.home,

@@ -98,6 +98,13 @@ class Deployment:
         self.tuner.live.obey(orders)
         return orders
 
+    def order(self, orders: TuningOrders) -> TuningOrders:
+        """Orders of a person whose right another door has checked: signed here, as there is one way to give them.
+        Raises OrdersRefused."""
+        if self._signer is None:
+            raise OrdersRefused(f"{self.name} has no tuner now: {self.problem}")
+        return self.obey(self._signer.sign(orders))
+
     async def _keep_running(self) -> None:
         failures = 0
         while not self._stop.is_set():

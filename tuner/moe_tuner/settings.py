@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_core.config import TunerConfig, TunersConfig, config_hash
+from moe_core.config import ConsoleConfig, TunerConfig, TunersConfig, config_hash
 from moe_core.setting import KNOBS, unknown_pins
 from moe_core.signing import describe
 
@@ -28,6 +28,7 @@ class Loaded:
     log_level: str
     hash: str
     refused: dict[str, str] = field(default_factory=dict)
+    console: ConsoleConfig | None = None
 
 
 def load(path: Path) -> Loaded:
@@ -43,7 +44,7 @@ def load(path: Path) -> Loaded:
     if isinstance(document, dict) and "deployments" in document:
         return _many(path, document, config_hash(text))
     config = checked(document, f"--config {path}")
-    return Loaded((config,), config.host, config.port, config.log_level, config_hash(text))
+    return Loaded((config,), config.host, config.port, config.log_level, config_hash(text), console=config.console)
 
 
 def checked(document: Any, where: str) -> TunerConfig:
@@ -89,4 +90,4 @@ def _many(path: Path, document: dict[str, Any], digest: str) -> Loaded:
             refused[name] = f"deployments.{index}.decisionLog: is also that of {other!r}; give each its own"
         elif name not in refused:
             configs[name], logs[config.decision_log] = config, name
-    return Loaded(tuple(configs.values()), many.host, many.port, many.log_level, digest, refused)
+    return Loaded(tuple(configs.values()), many.host, many.port, many.log_level, digest, refused, many.console)
