@@ -8,7 +8,7 @@ FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
 .PHONY: help setup up down test test-full check unit faults cluster control-plane engine versions gpu lock
-.PHONY: chart crd rbac golden fmt system node-sdks
+.PHONY: chart crd rbac golden fmt system browser node-sdks
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -69,7 +69,10 @@ versions: system $(UV) ## the plugin's tests on the other vLLM that it supports,
 
 test: check unit faults cluster engine ## everything that CI runs
 
-test-full: check control-plane ## the long forms as well
+browser: ## install chromium, which the console's test drives (Debian, as root), or say what to install
+	@tools/system-packages browser
+
+test-full: check control-plane browser ## the long forms as well
 	.venv/bin/pytest -m "not gpu"
 
 crd: setup ## write the CRD from the types

@@ -6,13 +6,12 @@ import secrets
 from pathlib import Path
 
 from moe_api.v1alpha1 import MoEDeployment
-from moe_cli.documents import StackState, read_state
+from moe_cli.documents import OPERATE, READ, StackState, read_state, read_token
 from moe_cli.fit import Fit
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
 from moe_core.config import ConsoleConfig, PlanRow
 
-READ, OPERATE = "console.read", "console.operate"
 TOKEN_BYTES = 32
 
 
@@ -54,11 +53,8 @@ def plan_rows(resource: MoEDeployment, fitted: Fit) -> list[PlanRow]:
 def address(state: StackState | None, folder: Path, *, operate: bool = False) -> str | None:
     """Where the page is, with the token in the fragment, which no browser sends; None where there is no console."""
     port = None if state is None or state.ended else state.fact("tuner", "port")
-    try:
-        token = (folder / (OPERATE if operate else READ)).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return None if port is None or not token else f"http://127.0.0.1:{port}/console/#token={token}"
+    token = read_token(folder, OPERATE if operate else READ)
+    return None if port is None or token is None else f"http://127.0.0.1:{port}/console/#token={token}"
 
 
 def show(folder: Path, say: Say, *, operate: bool) -> Exit:

@@ -16,6 +16,8 @@ from moe_cli.processes import Proc
 
 PLAN = "plan.json"
 STATE = "state.json"
+READ, OPERATE = "console.read", "console.operate"
+"""Files with the tokens of the console."""
 TARGETS = "targets.json"
 """What Prometheus scrapes (file_sd), written by the supervisor as parts become ready."""
 
@@ -163,6 +165,14 @@ def read_state(folder: Path) -> StackState | None:
     try:
         return StackState.model_validate_json((folder / STATE).read_bytes())
     except (OSError, ValidationError):
+        return None
+
+
+def read_token(folder: Path, name: str = READ) -> str | None:
+    """A token of a stack's console, which its tuner wants of who asks how it is; None where there is none."""
+    try:
+        return (folder / name).read_text(encoding="utf-8").strip() or None
+    except OSError:
         return None
 
 

@@ -22,7 +22,18 @@ from pydantic import ValidationError
 from rich.live import Live
 
 from moe_cli import console, live, preflight, processes, status
-from moe_cli.documents import PLAN, STATE, Phase, StackPlan, StackState, read_state, wipe, write, write_state
+from moe_cli.documents import (
+    PLAN,
+    STATE,
+    Phase,
+    StackPlan,
+    StackState,
+    read_state,
+    read_token,
+    wipe,
+    write,
+    write_state,
+)
 from moe_cli.files import read
 from moe_cli.fit import Refused
 from moe_cli.outcome import Exit, Problem, Refusal
@@ -297,7 +308,7 @@ class Screen:
         due = state.phase is Phase.UP and time.monotonic() - self._asked_s >= every_s
         if due:
             self._asked_s = time.monotonic()
-            self._figures, _ = await status.gather(client, state)
+            self._figures, _ = await status.gather(client, state, read_token(self._folder))
         if self._live is not None:
             page = console.address(state, self._folder)
             self._live.update(live.screen(state, self._figures, time.time(), page), refresh=True)

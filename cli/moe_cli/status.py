@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from moe_api.base import Model
-from moe_cli.documents import PartState, Phase, StackState
+from moe_cli.documents import PartState, Phase, StackState, read_token
 from moe_core.forecasts import ForecastReport, together
 from moe_core.http import HttpError, call_json
 from moe_core.wire import GatewayDigest, ReplicaDigest
@@ -75,15 +76,17 @@ class Report(Model):
     state_dir: str = ""
 
 
-async def gather(client: aiohttp.ClientSession, state: StackState) -> tuple[Figures, dict[str, bool]]:
-    """Figures of a stack and, for each part that can be asked, whether it answered."""
+async def gather(
+    client: aiohttp.ClientSession, state: StackState, token: str | None = None
+) -> tuple[Figures, dict[str, bool]]:
+    """Figures of a stack and, for each part that can be asked, whether it answered. `token`: for the tuner."""
     gateway, board, tuner = urls(state).get("gateway"), state.fact("serving", "boardUrl"), urls(state).get("tuner")
     prometheus = state.fact("prometheus", "url")
     digest, forecasts, replicas, report, ready = await asyncio.gather(
         _ask(client, gateway and f"{gateway}/v1/digest?window={WINDOW_S}"),
         _ask(client, gateway and f"{gateway}/v1/forecasts"),
         _ask(client, board and f"{board}/v1/digests"),
-        _ask(client, tuner and f"{tuner}/v1/status"),
+        _ask(client, tuner and f"{tuner}/v1/status", token),
         _ready(client, prometheus and f"{prometheus}/-/ready"),
     )
     answers = {
@@ -189,7 +192,7 @@ async def report(client: aiohttp.ClientSession, state: StackState | None, state_
     """Everything that `moectl status` says."""
     if state is None or state.ended:
         return Report(running=False, state_dir=state_dir, phase=None if state is None else state.phase.value)
-    found, answers = await gather(client, state)
+    found, answers = await gather(client, state, read_token(Path(state_dir)))
     where = urls(state)
     parts = tuple(
         part_health(part, where.get(part.name), answers.get(part.name))
@@ -211,11 +214,11 @@ async def report(client: aiohttp.ClientSession, state: StackState | None, state_
     )
 
 
-async def _ask(client: aiohttp.ClientSession, url: str | None) -> Any:
+async def _ask(client: aiohttp.ClientSession, url: str | None, token: str | None = None) -> Any:
     if url is None:
         return None
     try:
-        return await call_json(client, "GET", url, total_s=ASK_S)
+        return await call_json(client, "GET", url, total_s=ASK_S, token=token)
     except HttpError:
         return None
 

@@ -13,7 +13,7 @@ import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from moe_cli import tune_replay, tune_text
-from moe_cli.documents import read_state
+from moe_cli.documents import read_state, read_token
 from moe_cli.launch import KEY
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
@@ -46,7 +46,7 @@ async def status(target: Target, say: Say) -> Exit:
     """One deployment's report, or a row for each where there are several."""
     async with session(connect_s=2.0, read_s=ASK_S) as client:
         url = _url(target)
-        summaries = _SUMMARIES.validate_python((await _get(client, f"{url}/v1/deployments"))["deployments"])
+        summaries = _SUMMARIES.validate_python((await _get(client, target, f"{url}/v1/deployments"))["deployments"])
         if target.deployment is None and len(summaries) != 1:
             if target.as_json:
                 say.line(json.dumps({"deployments": [row.to_json() for row in summaries]}))
@@ -192,20 +192,22 @@ def _signer(target: Target) -> Signer:
 
 
 async def _report(client: aiohttp.ClientSession, target: Target, url: str) -> TuningReport:
-    return _parsed(TypeAdapter(TuningReport), await _get(client, f"{url}/v1/status{_query(target, '?')}"))
+    return _parsed(TypeAdapter(TuningReport), await _get(client, target, f"{url}/v1/status{_query(target, '?')}"))
 
 
 async def _history(client: aiohttp.ClientSession, target: Target, url: str, limit: int) -> tuple[DecisionRecord, ...]:
-    return _parsed(_RECORDS, await _get(client, f"{url}/v1/history?limit={limit}{_query(target, '&')}"))
+    return _parsed(_RECORDS, await _get(client, target, f"{url}/v1/history?limit={limit}{_query(target, '&')}"))
 
 
 def _query(target: Target, mark: str) -> str:
     return "" if target.deployment is None else f"{mark}deployment={quote(target.deployment, safe='')}"
 
 
-async def _get(client: aiohttp.ClientSession, url: str) -> Any:
+async def _get(client: aiohttp.ClientSession, target: Target, url: str) -> Any:
+    # A tuner that was named may be anybody's: the stack's token is for its own.
+    token = read_token(target.folder) if target.url is None else None
     try:
-        return await call_json(client, "GET", url, total_s=ASK_S)
+        return await call_json(client, "GET", url, total_s=ASK_S, token=token)
     except HttpError as error:
         raise Refusal(Problem(field="tune", message=_said(error)), code=Exit.COULD_NOT_START) from None
 

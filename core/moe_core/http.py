@@ -78,13 +78,17 @@ async def call_json(
     *,
     total_s: float = 5.0,
     max_bytes: int | None = None,
+    token: str | None = None,
 ) -> Any:
     """Send JSON, return JSON. Raises HttpError: no answer, a status of 300 or above, an answer that is no JSON.
 
     `max_bytes` is for a server that is not trusted: a longer answer is an error, and no redirect is followed.
+    `token` travels as a bearer's, which a redirect to elsewhere would not get.
     """
     data = None if body is None else orjson.dumps(body)
     headers = {"Content-Type": "application/json"} if data is not None else {}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
     try:
         async with client.request(
             method,

@@ -121,6 +121,14 @@ def test_up_serves_says_where_and_down_ends_it(bench: Bench) -> None:
     assert "substituted: spec.hardware.accelerator: nvidia-h100 → cpu" in out
     assert "answer from local: 't0 t1 t2 t3 '" in out
     state = bench.await_state(is_up)
+    page = next(line for line in out.splitlines() if line.startswith("console:")).split()[-1]
+    token = (bench.state_dir / "console.read").read_text()
+    assert page == f"http://127.0.0.1:{state.fact('tuner', 'port')}/console/#token={token}"
+    assert bench.run("console")[1].strip() == page
+    assert (bench.state_dir / "console.operate").read_text() in bench.run("console", "--operate")[1]
+    for name in ("console.read", "console.operate"):
+        assert (bench.state_dir / name).stat().st_mode & 0o077 == 0
+        assert (bench.state_dir / name).read_text() not in (bench.state_dir / "state.json").read_text()
     for line in (f"OpenAI API:    http://127.0.0.1:{port}/v1", "Prometheus:", "board:", "curl http", "left running"):
         assert line in out
     assert [p.name for p in (bench.state_dir / "signing.pem", bench.state_dir) if p.stat().st_mode & 0o077] == []
@@ -156,6 +164,8 @@ def test_up_serves_says_where_and_down_ends_it(bench: Bench) -> None:
 
     assert bench.run("down")[0] == Exit.OK
     assert bench.left() == []
+    assert list(bench.state_dir.glob("console.*")) == [], "tokens end with their stack"
+    assert bench.run("console")[0] == Exit.COULD_NOT_START
     code, out, _ = bench.run("down")
     assert (code, "nothing is running" in out) == (Exit.OK, True)
     assert "nothing is running" in bench.run("status")[1]

@@ -30,8 +30,8 @@ def machine(folder: Path, **programs: str) -> Path:
     return folder
 
 
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPT], env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SCRIPT, *words], env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
 
 
 def user(number: int) -> str:
@@ -79,3 +79,10 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     found = run(here)
     assert found.returncode == 1
     assert "not installed: g++." in found.stderr
+
+
+def test_a_browser_is_installed_for_who_asks_for_one_alone(tmp_path: Path) -> None:
+    here = machine(tmp_path, prometheus="#!/bin/sh\n", dnf="")
+    assert run(here).returncode == 0
+    asked = run(here, "browser")
+    assert (asked.returncode, "not installed: chromium." in asked.stderr) == (1, True)

@@ -94,7 +94,10 @@ class Stack:
         return found
 
     def tuner(self, path: str) -> Any:
-        return self.get(f"http://127.0.0.1:{self.fact('tuner', 'port')}{path}")
+        """Asked with the token of the stack's console."""
+        token = (self.state_dir / "console.read").read_text()
+        url = f"http://127.0.0.1:{self.fact('tuner', 'port')}{path}"
+        return requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10).json()
 
     def signer(self) -> Signer:
         return Signer.load(next(self.state_dir.rglob("*.pem")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -127,6 +126,7 @@ async def console(
     port: int = 0,
     loopback: bool = True,
     config: dict[str, Any] | None = None,
+    others: tuple[dict[str, Any], ...] = (),
     **entries: Any,
 ) -> AsyncIterator[Here]:
     """A tuner of `default/a` (and others, whose board is nowhere) with a console, after a burst that it answered."""
@@ -160,7 +160,7 @@ async def console(
         bound = runner.addresses[0][1]
         path = tmp_path / "tuners.json"
         mine = entry(tmp_path, "a", board_url, gateway_url, **entries)
-        path.write_text(json.dumps({"deployments": [mine, *(entry(tmp_path, name) for name in names)]}))
+        path.write_text(json.dumps({"deployments": [mine, *(entry(tmp_path, name) for name in names), *others]}))
         try:
             await fleet.follow(load(path))
             burst(board, gateway)
@@ -170,17 +170,3 @@ async def console(
             await fleet.stop()
             await runner.cleanup()
             workers.close()
-
-
-async def main(folder: Path) -> None:
-    """For the browser's test: a console until the input ends, with its address on the output."""
-    name = "<script>alert(1)</script>"
-    async with console(folder, name, config={"usdPerGpuHour": 2.0}) as here:
-        print(json.dumps({"url": here.url, "read": READ, "operate": OPERATE}), flush=True)
-        await asyncio.to_thread(input)
-
-
-if __name__ == "__main__":
-    import sys
-
-    asyncio.run(main(Path(sys.argv[1])))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import subprocess
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ async def test_a_stranger_gets_401_and_nothing_else(tmp_path: Path) -> None:
                     assert body in ({"error": "a token is needed"}, b""), "a stranger learns nothing"
                     assert "default-src 'none'" in headers["Content-Security-Policy"]
                     assert "Set-Cookie" not in headers
+        for path in ("/v1/deployments", "/v1/status", "/v1/history"):
+            assert (await here.ask(path))[0] == 401
+            assert (await here.ask(path, READ))[0] == 200
+        for path in ("/metrics", "/healthz"):
+            assert (await here.ask(path))[0] == 200, "scraped and probed by who has no token"
         status, _, page = await here.ask(ROOT)
         assert status == 401
         assert (b"default/a" in page, b"signin.mjs" in page) == (False, True)
@@ -344,6 +351,20 @@ async def test_files_are_small_packed_and_named_by_their_content(tmp_path: Path)
         plain = await here.ask(f"{ROOT}console.mjs", READ, Accept_Encoding="identity")
         assert plain[2] == files["console.mjs"].plain
         assert (await here.ask(ROOT, READ, If_None_Match=files["signin.html"].etag))[0] == 200
+
+
+def test_the_scale_is_told_by_lightness_alone() -> None:
+    """Each of twenty steps is lighter than the one before, whatever colours somebody sees."""
+    script = f"""import * as draw from {json.dumps((Path(pages.__file__).parent / "static" / "draw.mjs").as_uri())};
+    console.log(JSON.stringify([...Array(21).keys()].map((i) => draw.luminance(draw.scale(i / 20)))));
+    console.log(JSON.stringify([0, 0.25, 1, 4, 9].map(draw.heat)));"""
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    lights, places = (json.loads(line) for line in done.stdout.splitlines())
+    assert all(b > a * 1.02 for a, b in pairwise(lights))
+    assert (lights[-1] + 0.05) / (lights[0] + 0.05) > 10
+    assert places == [0, 0, 0.5, 1, 1]
 
 
 def test_pages_hold_no_address_and_no_markup_from_text() -> None:

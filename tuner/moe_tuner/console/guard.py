@@ -23,9 +23,11 @@ def guard(tokens: Tokens, hosts: frozenset[str], clock: Clock, *, everywhere: bo
         ours = request.path.startswith(ROOT) or request.path == ROOT.rstrip("/")
         if (ours or everywhere) and not known_host(request.headers.get("Host", ""), hosts):
             return pages.error("this is not the host that was asked for", 421)
-        if not ours:
-            return await handler(request)
         right = right_of(request, tokens, clock.time())
+        if not ours:
+            # Metrics and health stay open, to be scraped and probed; orders are signed.
+            private = request.path.startswith("/v1/") and request.method in ("GET", "HEAD")
+            return pages.error("a token is needed", 401) if private and right is Right.NONE else await handler(request)
         try:
             refused = refusal(request, right)
             response = await handler(request) if refused is None else refused

@@ -95,9 +95,9 @@ async function now() {
   const { which } = state;
   if (which === null) return;
   const before = state.detail;
-  const detail = await ask("status", chosen());
   const since = state.rows.length ? state.rows.at(-1)[0] : 0;
-  const series = await ask("series", { ...chosen(), span: $("span").value, since });
+  const asked = { ...chosen(), span: $("span").value, since };
+  const [detail, series] = await Promise.all([ask("status", chosen()), ask("series", asked)]);
   if (which !== state.which) return;
   Object.assign(state, { detail, asked: detail.atS, columns: series.columns, step: series.stepS });
   const kept = $("span").value === "fine" ? 450 : 720;
@@ -512,8 +512,7 @@ async function start() {
   if (token) history.replaceState(null, "", location.pathname);
   try {
     if (token) await ask("session", {}, "POST", { token });
-    await session();
-    await list();
+    await Promise.all([session(), list()]);
   } catch (error) {
     wrong(error.message);
   }
