@@ -89,7 +89,7 @@ function problems() {
 /** Every control in the order of the page, and the order in which Tab reaches them. */
 async function tabbed(page) {
   const wanted = await page.evaluate(() => {
-    const all = [...document.querySelectorAll("a[href], button, select, input, summary, [tabindex='0']")];
+    const all = [...document.querySelectorAll("a[href], button, select, input, summary, [tabindex]:not([tabindex='-1'])")];
     const shown = all.filter((node) => node.checkVisibility() && !node.disabled);
     shown.forEach((node, i) => { node.dataset.tab = i; });
     document.activeElement?.blur();
@@ -108,6 +108,7 @@ async function tabbed(page) {
 }
 
 const says = (page, words) => page.waitForFunction((w) => document.getElementById("says").textContent.includes(w), words);
+const ordered = (page, words) => page.waitForFunction((w) => document.getElementById("ordered").textContent === w, words);
 const nowSays = (page, words) => page.waitForFunction((w) => document.getElementById("now").textContent.includes(w), words);
 
 try {
@@ -211,7 +212,7 @@ try {
     await page.keyboard.press("Enter");
     await says(page, "The tuner is paused");
     await nowSays(page, "Auto, paused");
-    saw.paused = await page.textContent("#ordered");
+    await ordered(page, "Ordered: paused.");
     await page.keyboard.press("Enter");
     await nowSays(page, "Auto");
     await says(page, "goes on");
@@ -220,7 +221,7 @@ try {
     await page.fill("#value", "24");
     await page.keyboard.press("Enter");
     await says(page, "Pinned engine.maxActiveSeqs");
-    saw.pinned = await page.textContent("#ordered");
+    await ordered(page, "Ordered: engine.maxActiveSeqs at 24.");
     await page.fill("#value", "9999");
     await page.keyboard.press("Enter");
     await says(page, "Refused");
@@ -228,7 +229,7 @@ try {
     saw.operatorProblems = await page.evaluate(problems);
     await page.click("#unpin button");
     await says(page, "Unpinned");
-    saw.unpinned = await page.textContent("#ordered");
+    await ordered(page, "Ordered: nothing is held.");
     await page.click("#lock");
     await page.waitForSelector("#unlock:not([hidden])");
     await page.click("#leave");

@@ -397,12 +397,13 @@ async function order(change, words) {
   try {
     const seen = state.detail?.report.orders?.version ?? 0;
     await ask("orders", {}, "PUT", { ...chosen(), seen, ...change });
-    say(words);
-    await now();
   } catch (error) {
     say(`Refused: ${error.message}`);
     await session();
+    return;
   }
+  say(words);
+  refresh(now);
 }
 
 async function session() {
