@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,6 +170,30 @@ def test_up_serves_says_where_and_down_ends_it(bench: Bench) -> None:
     code, out, _ = bench.run("down")
     assert (code, "nothing is running" in out) == (Exit.OK, True)
     assert "nothing is running" in bench.run("status")[1]
+
+
+def test_the_console_of_a_real_tuner_answers_who_has_its_token(bench: Bench) -> None:
+    code, out, err = bench.up("--detach", KEEP="gateway tuner")
+    assert code == Exit.OK, err
+    page = next(line for line in out.splitlines() if line.startswith("console:")).split()[-1]
+    base, _, token = page.partition("#token=")
+
+    def ask(path: str, **headers: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(base + path, headers=headers), timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    assert ask("api/status") == (401, '{"error":"a token is needed"}')
+    status, text = ask("api/status", Authorization=f"Bearer {token}")
+    assert status == 200
+    plan = {row["what"]: row["value"] for row in json.loads(text)["plan"]}
+    assert plan["spec.hardware.accelerator"] == "nvidia-h100 → cpu"
+    assert bench.run("tune", "status")[0] == Exit.OK
+    assert ask("../v1/status")[0] == 401
+    assert {part["name"]: part["answers"] for part in json.loads(bench.run("status", "--json")[1])["parts"]}["tuner"]
+    assert bench.run("down")[0] == Exit.OK
 
 
 def scraped(prometheus: str) -> set[str]:
