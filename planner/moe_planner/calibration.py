@@ -32,6 +32,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "gemm_16": Bounds(0.15, 0.6, 0.9),
     "gemm_8": Bounds(0.1, 0.5, 0.9),
     "gemm_4": Bounds(0.05, 0.35, 0.9),
+    "blocks": Bounds(0.4, 0.8, 1.0),
     "dequantised": Bounds(0.05, 0.35, 0.9),
     "core": Bounds(0.05, 0.4, 0.9),
     "flash": Bounds(0.1, 0.5, 0.9),
@@ -40,16 +41,19 @@ BOUNDS: Mapping[str, Bounds] = {
     "spread": Bounds(0.02, 0.4, 2.0),
     "stagger": Bounds(0.01, 0.3, 4.0),
     "elsewhere": Bounds(0.5, 1.0, 4.0),
+    "narrow": Bounds(50.0, 800.0, 5000.0),
+    "padding": Bounds(1.0, 8.0, 64.0),
     "kernel_s": Bounds(2e-7, 2e-6, 2e-5),
     "step_s": Bounds(1e-4, 2e-3, 20e-3),
     "sequence_s": Bounds(1e-7, 1e-5, 1e-4),
     "call_s": Bounds(2e-6, 15e-6, 100e-6),
     "cold_s": Bounds(10.0, 90.0, 240.0),
 }
-"""Shares of peaks (bandwidth; GEMM by bytes of an operand; attention; links); of prompts that hold up other ranks; the
-time of work `elsewhere` than on NVIDIA's GPUs; and seconds: a kernel's launch, a step, a sequence in it, a collective,
-and the compiling that a first burst waits for: it starts between SGLang's 108 s (issue 4773) and vLLM's 48 to 83 s
-(pull request 22215)."""
+"""Shares of peaks (bandwidth; GEMM by bytes of an operand, and what is left of it with scales in blocks; attention;
+links); of prompts that hold up other ranks; the time of work `elsewhere` than on NVIDIA's GPUs; the width at which
+experts' GEMMs take twice as long on GPUs with FP4 units; rows that fill up a tile: half of 16; and seconds: a kernel's
+launch, a step, a sequence in it, a collective, and the compiling that a first burst waits for: it starts between
+SGLang's 108 s (issue 4773) and vLLM's 48 to 83 s (pull request 22215)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Factors:
     gemm_16: float
     gemm_8: float
     gemm_4: float
+    blocks: float
     dequantised: float
     core: float
     flash: float
@@ -72,6 +77,8 @@ class Factors:
     spread: float
     stagger: float
     elsewhere: float
+    narrow: float
+    padding: float
     kernel_s: float
     step_s: float
     sequence_s: float
@@ -98,11 +105,13 @@ class Factors:
             expert_flops=peaks.experts[0] * self.gemm(peaks.experts[1]) * arithmetic,
             head_flops=peaks.wide[0] * self.gemm_16 * arithmetic,
             core_flops=peaks.attention * self.core * arithmetic,
-            flash_flops=peaks.attention * self.flash * arithmetic,
+            flash_flops=peaks.prompts * self.flash * arithmetic,
             link=peaks.link * self.link / work,
             network=peaks.network * self.network / work,
             spread=self.spread,
             stagger=self.stagger,
+            narrow=self.narrow if peaks.fp4 else 0.0,
+            padding=self.padding,
             kernel_s=self.kernel_s * slow,
             step_s=self.step_s * slow * peaks.host,
             sequence_s=self.sequence_s * slow * peaks.host,
@@ -111,7 +120,17 @@ class Factors:
 
     def gemm(self, kind: Gemm) -> float:
         """Share of peak."""
-        return {"16": self.gemm_16, "8": self.gemm_8, "4": self.gemm_4, "dequantised": self.dequantised}[kind]
+        match kind:
+            case "16":
+                return self.gemm_16
+            case "8":
+                return self.gemm_8
+            case "8 in blocks":
+                return self.gemm_8 * self.blocks
+            case "4":
+                return self.gemm_4
+            case "dequantised":
+                return self.dequantised
 
 
 def of_values(values: Mapping[str, float], error: float = 0.0, engines: Mapping[str, float] | None = None) -> Factors:

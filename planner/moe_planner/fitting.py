@@ -19,7 +19,9 @@ REFERENCE = "tensorrt-llm"
 ENGINE = Bounds(0.4, 1.0, 2.5)
 PRIOR = 0.35
 """Width of a factor's prior in ln, about its start: what few rows tell stays near what is known of such hardware."""
-LOOSE = frozenset({"kernel_s", "step_s", "sequence_s", "call_s", "spread", "dequantised", "stagger", "elsewhere"})
+LOOSE = frozenset(
+    {"kernel_s", "step_s", "sequence_s", "call_s", "spread", "dequantised", "stagger", "elsewhere", "narrow"}
+)
 VAGUE = 1.2
 """Width of the prior of factors whose size nobody knows beforehand."""
 PULL = 0.15

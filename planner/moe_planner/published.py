@@ -103,6 +103,7 @@ def _case(row: Mapping[str, str], catalog: Catalog) -> Case | FitCase:
     if gpus is None or not 1 <= gpus <= 4096:
         raise table.Unpredicted(f"gpus: {row['gpus'] or 'blank'} is no count of GPUs")
     engine = table.engine(row["engine"])
+    precision = table.scaled(row, engine, precision, model)
     ep = table.count(row.get("ep", "")) or 1
     ask = Ask(
         model,

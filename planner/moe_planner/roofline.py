@@ -1,7 +1,8 @@
 """Seconds of a forward pass on the busiest GPU, from its work and rates: arithmetic alone, on numbers or arrays.
 
 Each part of a pass reads (bytes over bandwidth) and computes (operations over peak). Attention takes the longer of the
-two, the other parts their sum. Parts follow each other, so their seconds add up.
+two, the other parts their sum. Parts follow each other, so their seconds add up. GEMMs compute in tiles: a last one is
+filled up with rows, and narrow experts leave large ones unfilled.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SCALAR = Ops(max, min, math.exp, math.sqrt, math.log)
 class Peaks:
     """A GPU's peaks, a second. Pairs: operations, and the kind of GEMM. `wide`: 16-bit, for the head.
 
+    `attention`: of decode, `prompts`: of prompts' attention. `fp4`: whether its matrix units take FP4, and large tiles.
     `attained`: what is measured of the arithmetic peak over what is measured of other GPUs' peaks. `host`: time of work
     on its host's processor over that of an x86 server.
     """
@@ -46,6 +48,8 @@ class Peaks:
     wide: tuple[Number, Gemm]
     experts: tuple[Number, Gemm]
     attention: Number
+    prompts: Number
+    fp4: bool = False
     nvidia: bool = True
     attained: Number = 1.0
     host: Number = 1.0
@@ -57,6 +61,7 @@ class Rates:
 
     `spread`: coefficient of variation of the experts' popularity.
     `stagger`: of the prompts of data ranks, for each e-fold of ranks.
+    `narrow`: width at which experts' GEMMs take twice as long as wide ones. `padding`: rows that fill up a last tile.
     """
 
     bandwidth: Number
@@ -71,6 +76,8 @@ class Rates:
     network: Number
     spread: Number
     stagger: Number
+    narrow: Number
+    padding: Number
     kernel_s: Number
     step_s: Number
     sequence_s: Number
@@ -153,13 +160,17 @@ def seconds(
         placed = 1.0 + r.spread * _extreme(w.expert_ranks, ops) * ops.sqrt(w.expert_ranks / w.experts)
     factor = straggler(placed, mean, w.expert_ranks, route.gamma, ops)
     linear_read = w.linear_bytes / r.bandwidth
-    linear_work = tokens * w.linear_flops / r.linear_flops
-    head_read, head_work = w.head_bytes / r.bandwidth, sampled * w.head_flops / r.head_flops
-    mlp_read, mlp_work = w.mlp_bytes / r.bandwidth, tokens * w.mlp_flops / r.mlp_flops
+    rows = tokens + r.padding
+    linear_work = rows * w.linear_flops / r.linear_flops
+    head_read = w.head_bytes / r.bandwidth
+    head_work = (sampled + r.padding * (sampled > 0)) * w.head_flops / r.head_flops
+    mlp_read, mlp_work = w.mlp_bytes / r.bandwidth, rows * w.mlp_flops / r.mlp_flops
     # GEMMs of few rows hide their reading badly: the sum is nearer to what is measured than the longer of the two.
     linear = linear_read + linear_work + mlp_read + mlp_work + head_read + head_work
     expert_read = ops.minimum(share * factor, 1.0) * w.expert_bytes / r.bandwidth
-    expert_work = group * factor * w.expert_flops / r.expert_flops
+    # Every expert that is touched fills up a tile of its own: that many rows in place of one token's k.
+    slots = group + r.padding * share * w.experts / w.topk
+    expert_work = slots * factor * (1.0 + r.narrow / w.expert_width) * w.expert_flops / r.expert_flops
     experts = expert_read + expert_work
     core_read, core_work = core
     attention = ops.maximum(core_read, core_work)

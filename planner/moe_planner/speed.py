@@ -125,7 +125,9 @@ def prepare(
 def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout, fp8: bool = False) -> Peaks:
     """Peaks of one GPU for a form of weights and of cache. Raises SpeedUnknown where one is not known.
 
-    GPUs with FP4 units attend in FP8 where the cache is FP8 (TensorRT-LLM's and FlashInfer's kernels for Blackwell).
+    Where the cache is FP8, GPUs with FP4 units attend in FP8 (TensorRT-LLM's and FlashInfer's kernels for Blackwell);
+    others with 8-bit units do so for prompts (TensorRT-LLM's use_fp8_context_fmha, which trtllm-bench sets for FP8;
+    FlashAttention 3 in vLLM).
     """
     if accelerator.bandwidth_bytes_s is None:
         raise _unknown(accelerator, "bandwidth_gb_s")
@@ -147,6 +149,8 @@ def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout, fp8
         wide=_peak(accelerator, "16"),
         experts=_peak(accelerator, experts),
         attention=_peak(accelerator, "8" if fp8 and 0.5 in accelerator.flops else "16")[0],
+        prompts=_peak(accelerator, "8" if fp8 and 1.0 in accelerator.flops else "16")[0],
+        fp4=0.5 in accelerator.flops,
         nvidia=nvidia(accelerator),
         attained=attained(accelerator),
         host=accelerator.host_time_ratio,
@@ -169,7 +173,7 @@ def nvidia(accelerator: Accelerator) -> bool:
 
 def _peak(accelerator: Accelerator, kind: Gemm) -> tuple[float, Gemm]:
     """Operations a second. A 16-bit peak that is not known is half the 8-bit one."""
-    width = {"4": 0.5, "8": 1.0}.get(kind, 2.0)
+    width = {"4": 0.5, "8": 1.0, "8 in blocks": 1.0}.get(kind, 2.0)
     peak = accelerator.flops.get(width)
     if peak is None and width == 2.0 and 1.0 in accelerator.flops:
         peak = accelerator.flops[1.0] / 2.0

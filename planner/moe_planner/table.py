@@ -7,10 +7,12 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moe_planner.catalog import Accelerator, Catalog, ModelFacts, Precision
 from moe_planner.speed import YIELDED, Load
 from moe_planner.weights import Layout
+from moe_planner.work import in_blocks
 
 COLUMNS = ("model", "precision", "engine", "hardware", "gpus", "input_tokens", "output_tokens", "metric", "value")
 UNLIMITED = 1_000_000
@@ -156,13 +158,24 @@ def fp8_cache(
     said = f"{row['precision']} {row.get('note', '')}".lower()
     if re.search(r"bf16 kv|fp16 kv", said):
         return False
-    if re.search(r"fp8 kv", row["precision"].lower()):
+    if re.search(r"fp8 (kv|attn|attention)\b", row["precision"].lower()):
         return True
     if engine == "tensorrt-llm":
         # Its performance overview keeps gpt-oss's cache in FP8 on Blackwell, and as the model has it on Hopper.
         fp4 = 0.5 in accelerator.flops
         return precision.name in ("fp8", "nvfp4", "mxfp4-fp8") or (precision.name == "mxfp4" and fp4)
     return model.kv_dtype == "fp8"
+
+
+def scaled(row: Mapping[str, str], engine: str, precision: Precision, model: ModelFacts) -> Precision:
+    """The form with one scale for each tensor where TensorRT-LLM runs FP8 of a model that does not come in it.
+
+    Such weights are ModelOpt's, as NVIDIA publishes them and its performance overview runs them
+    (docs/source/developer-guide/perf-overview.md, read 2026-11-23). Who starts a server and sends it all at once takes
+    the checkpoint of the model's maker, as other engines do.
+    """
+    modelopt = engine == "tensorrt-llm" and precision.name == "fp8" and model.native != "fp8" and not at_once(row)
+    return replace(precision, block=1) if modelopt else precision
 
 
 def active_seqs(engine: str, accelerator: Accelerator, catalog: Catalog) -> int | None:
@@ -182,7 +195,7 @@ def cold(row: Mapping[str, str], engine: str, model: ModelFacts, precision: Prec
     """
     if not at_once(row):
         return False
-    compiled = precision.name == "fp8" and precision.block == 128 and 0.5 not in gpu.flops
+    compiled = in_blocks(precision) and 0.5 not in gpu.flops
     return compiled and (engine == "tensorrt-llm" or (engine == "sglang" and model.index_heads > 0))
 
 

@@ -15,8 +15,11 @@ Number = Any
 """A float, or a numpy array of them: the arithmetic below is the same for one layout and for a whole catalog."""
 
 
-Gemm = Literal["16", "8", "4", "dequantised"]
-"""Bits of the operands; `dequantised`: weights of fewer bits, made 16 bits wide on the way."""
+Gemm = Literal["16", "8", "8 in blocks", "4", "dequantised"]
+"""Bits of the operands; `in blocks`: with a scale for each block, which the GPU's matrix units do not apply themselves;
+`dequantised`: weights of fewer bits, made 16 bits wide on the way."""
+BLOCK = 128
+"""Columns under one scale in FP8 checkpoints of DeepSeek-V3's form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Work:
     head_flops: Number  # per token that is sampled
     expert_bytes: Number  # all experts that the GPU holds
     expert_flops: Number  # per token of all data ranks, were ranks loaded alike
+    expert_width: Number  # of an expert's matrices, or of a rank's slice: harmonic mean of both sides
     cache_bytes: Number  # read for one sequence in a decode step
     decode_flops: Number  # scores and values of one sequence in a decode step
     prefill_flops: Number  # scores and values of one new prompt token, mean over the prompt
@@ -141,6 +145,7 @@ def work(
         head_flops=held[5],
         expert_bytes=held[6],
         expert_flops=held[7],
+        expert_width=expert_width(model, layout),
         cache_bytes=read_bytes(model, prompt, 2.0 * context - prompt, layout, fp8_cache),
         decode_flops=stage * context_work(model, context, True) / layout.tensor,
         prefill_flops=stage * context_work(model, before, False) / layout.tensor,
@@ -148,6 +153,15 @@ def work(
         cross_bytes=sent.crossing,
         calls=sent.collectives,
     )
+
+
+def expert_width(model: ModelFacts, layout: Layout) -> float:
+    """Harmonic mean of the two sides of an expert's matrices on a rank: its slice where experts are sliced.
+
+    An expert's first GEMM sums over the hidden state, its last over the intermediate width: both sides must be wide.
+    """
+    inner = model.moe_intermediate / (1 if layout.expert > 1 else layout.tensor * layout.data)
+    return 2.0 * model.hidden * inner / (model.hidden + inner)
 
 
 @lru_cache(maxsize=4096)
@@ -205,18 +219,26 @@ def mlp_form(precision: Precision) -> Form:
     return "experts" if precision.name == "nvfp4" else "linear"
 
 
+def in_blocks(precision: Precision) -> bool:
+    """Whether FP8 weights have a scale for each block, not for each tensor."""
+    return precision.name == "fp8" and precision.block == BLOCK
+
+
 def gemm(precision: Precision, form: Form, accelerator: Accelerator) -> Gemm:
     """How a GEMM computes: by the widths of its weights and activations, where the GPU has units for them.
 
     Formats that quantise weights alone (AWQ, GPTQ, NF4) are made 16 bits wide on the way. MXFP4 weights meet FP8
-    activations where the GPU has FP4 units, and 16 bits elsewhere.
+    activations where the GPU has FP4 units, and 16 bits elsewhere. GPUs without FP4 units multiply FP8 without scales:
+    where each block has its own, sums leave the matrix units for every block (DeepSeek-V3 paper, section 3.3.2).
     """
     bits = precision.bits(form)
     if bits > 12:
         return "16"
-    if precision.name in ("fp8", "int8") or (precision.name == "mxfp4-fp8"):
-        return "8" if 1.0 in accelerator.flops else "dequantised"
     fp4 = 0.5 in accelerator.flops
+    if precision.name in ("fp8", "int8") or (precision.name == "mxfp4-fp8"):
+        if 1.0 not in accelerator.flops:
+            return "dequantised"
+        return "8 in blocks" if in_blocks(precision) and not fp4 else "8"
     if precision.name == "nvfp4" and fp4:
         return "4"
     return "8" if precision.name == "mxfp4" and fp4 else "dequantised"
