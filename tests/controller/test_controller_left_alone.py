@@ -99,7 +99,8 @@ def test_the_head_becomes_the_door_where_no_replica_may_be_there() -> None:
 
 def test_a_planner_that_would_cut_the_gpus_anew_moves_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Born by the order alone, as before predictions were asked; then the operator is upgraded."""
-    world, wide = World(), spec_with("hardware.gpusPerReplica", 8)
+    # An ITL that lets many requests run at once: then data ranks are clearly faster.
+    world, wide = World(), spec_with("slo.itlP95", "1s", spec_with("hardware.gpusPerReplica", 8))
     with monkeypatch.context() as before:
         before.setattr(prefer, "prefer", lambda *_: prefer.Preferred(0, "the first in order"))
         world.put(wide)
