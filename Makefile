@@ -8,7 +8,7 @@ FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
 .PHONY: help setup up down test test-full check unit faults cluster control-plane engine versions gpu lock
-.PHONY: chart crd rbac golden fmt system browser node-sdks
+.PHONY: chart crd rbac golden fmt system browser node-sdks reference
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
@@ -41,6 +41,7 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	$(PY) -m moe_cli.main crd --check manifests/crd/moestack.dev_moedeployments.yaml
 	$(PY) -m moe_operator.rbac --check manifests/operator/rbac.yaml
 	$(PY) -m moe_operator.chart --check charts/moestack/files
+	$(PY) -m moe_cli.reference --check docs/reference
 
 unit: setup ## tests that need no engine and no control plane, on two cores
 	.venv/bin/pytest -m "not faults and not cluster and not engine and not gpu and not full" -n 2 --dist worksteal
@@ -81,6 +82,9 @@ crd: setup ## write the CRD from the types
 chart: setup control-plane ## write what the chart has from the code, and the plain manifest from the chart
 	$(PY) -m moe_operator.chart --write charts/moestack/files
 	$(PY) tools/install.py $$($(PYTHON) tools/controlplane/build.py --where)/bin/helm
+
+reference: setup ## write docs/reference from the types
+	$(PY) -m moe_cli.reference --write docs/reference
 
 golden: setup ## write the golden renders of the tests anew, to be read in the diff
 	$(PY) -m tests.render.cases

@@ -62,7 +62,7 @@ def schema() -> Schema:
 
 def _structural(node: Schema, definitions: dict[str, Schema], *, defaults: bool, inherited: str | None) -> Schema:
     """One node as the API server takes it. `inherited` is the disruption class that a group sets for all below."""
-    node = _resolve(node, definitions)
+    node = resolve(node, definitions)
     disruption: str | None = inherited or node.get(DISRUPTION)
     out: Schema = {key: node[key] for key in _COPIED if key in node}
     if "const" in node:
@@ -85,14 +85,14 @@ def _structural(node: Schema, definitions: dict[str, Schema], *, defaults: bool,
     return out
 
 
-def _resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:
+def resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:
     """The node with its reference and its `or null` folded in; what stands beside them wins."""
     own = {key: value for key, value in node.items() if key not in ("$ref", "anyOf")}
     if "$ref" in node:
-        return {**_resolve(definitions[node["$ref"].removeprefix("#/$defs/")], definitions), **own}
+        return {**resolve(definitions[node["$ref"].removeprefix("#/$defs/")], definitions), **own}
     if "anyOf" in node:
         (other,) = (option for option in node["anyOf"] if option != {"type": "null"})
-        return {**_resolve(other, definitions), **own}
+        return {**resolve(other, definitions), **own}
     return node
 
 
@@ -201,13 +201,18 @@ def _against(old: Path, new: Schema) -> list[str]:
     return breaking_changes(parsed, new) if isinstance(parsed, dict) else ["it is no CRD any more"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: 0 where all is well, 1 with the problems on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m moe_api.crd", description=__doc__)
-    action = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m moe_api.crd", description=__doc__)
+    action = made.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", type=Path, metavar="FILE", help="write the CRD from the types")
     action.add_argument("--check", type=Path, metavar="FILE", help="say how FILE differs from the types")
-    parsed = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: 0 where all is well, 1 with the problems on stderr."""
+    parsed = parser().parse_args(arguments)
     if parsed.write is not None:
         write(parsed.write)
         return 0

@@ -16,12 +16,17 @@ from moe_gateway.settings import ConfigRefused, load
 from moe_gateway.supervisor import Supervisor
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="moe_gateway", description=__doc__)
+    made.add_argument("--config", required=True, type=Path, help="GatewayConfig as JSON")
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # by its parent alone
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 after an orderly stop, 1 when a part died, 2 for a configuration that cannot be served."""
-    parser = argparse.ArgumentParser(prog="moe_gateway", description=__doc__)
-    parser.add_argument("--config", required=True, type=Path, help="GatewayConfig as JSON")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # by its parent alone
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         if arguments.worker:
             boot = worker.boot_line()

@@ -94,13 +94,18 @@ async def serve(config: OperatorConfig, kubeconfig: Path | None) -> int:
     return 1 if crashed else 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_operator", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="JSON file of moe_core.config.OperatorConfig")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m moe_operator", description=__doc__)
+    made.add_argument("--config", type=Path, required=True, help="JSON file of moe_core.config.OperatorConfig")
+    made.add_argument(
         "--kubeconfig", type=Path, help="by default $KUBECONFIG, then the pod's service account, then ~/.kube/config"
     )
-    chosen = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parser().parse_args(arguments)
     try:
         config = load_config(chosen.config)
         configure(config.log_level)

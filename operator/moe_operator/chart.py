@@ -86,12 +86,17 @@ class _NoAliases(yaml.SafeDumper):
         return True
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_operator.chart", description=(__doc__ or "").splitlines()[0])
-    action = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m moe_operator.chart", description=(__doc__ or "").splitlines()[0])
+    action = made.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", type=Path, metavar="FOLDER")
     action.add_argument("--check", type=Path, metavar="FOLDER", help="exit with 1 where a file is another")
-    chosen = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = parser().parse_args(arguments)
     if chosen.write is not None:
         for name, text in files().items():
             (chosen.write / name).parent.mkdir(parents=True, exist_ok=True)

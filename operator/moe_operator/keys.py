@@ -55,12 +55,17 @@ async def run(namespace: str, name: str, kubeconfig: Path | None) -> str:
     return f"Secret {namespace}/{name}: {'made' if made else 'is there, left as it is'}"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m moe_operator.keys", description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--namespace", required=True, help="the operator's own")
+    made.add_argument("--secret", required=True, metavar="NAME")
+    made.add_argument("--kubeconfig", type=Path, help="by default the pod's service account")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_operator.keys", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--namespace", required=True, help="the operator's own")
-    parser.add_argument("--secret", required=True, metavar="NAME")
-    parser.add_argument("--kubeconfig", type=Path, help="by default the pod's service account")
-    chosen = parser.parse_args(arguments)
+    chosen = parser().parse_args(arguments)
     try:
         print(asyncio.run(run(chosen.namespace, chosen.secret, chosen.kubeconfig)))  # noqa: T201
     except (AccessError, ApiError) as error:

@@ -83,14 +83,19 @@ async def run(config: OperatorConfig, kubeconfig: Path | None, monitoring: bool)
         return await look(api, config, needs(monitoring))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         prog="python -m moe_operator.prerequisites", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--config", type=Path, required=True, help="the operator's own")
-    parser.add_argument("--kubeconfig", type=Path, help="by default the pod's service account")
-    parser.add_argument("--monitoring", action="store_true", help="monitors and alerts are wanted")
-    chosen = parser.parse_args(arguments)
+    made.add_argument("--config", type=Path, required=True, help="the operator's own")
+    made.add_argument("--kubeconfig", type=Path, help="by default the pod's service account")
+    made.add_argument("--monitoring", action="store_true", help="monitors and alerts are wanted")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = parser().parse_args(arguments)
     try:
         found = asyncio.run(run(load_config(chosen.config), chosen.kubeconfig, chosen.monitoring))
     except (ConfigRefused, AccessError, ApiError) as error:

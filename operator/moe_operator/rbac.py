@@ -139,14 +139,19 @@ def manifest(config: OperatorConfig) -> str:
     return HEADER + yaml.dump_all(documents(config), Dumper=NoAliases, sort_keys=False, width=120)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_operator.rbac", description=(__doc__ or "").splitlines()[0])
-    action = parser.add_mutually_exclusive_group()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m moe_operator.rbac", description=(__doc__ or "").splitlines()[0])
+    action = made.add_mutually_exclusive_group()
     action.add_argument("--write", type=Path, metavar="FILE", help="write the manifest")
     action.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 where the file is another")
-    parser.add_argument("--namespaces", default="", help="namespaces to look after, by comma; none: the whole cluster")
-    parser.add_argument("--namespace", default=OperatorConfig().namespace, help="the operator's own")
-    chosen = parser.parse_args(arguments)
+    made.add_argument("--namespaces", default="", help="namespaces to look after, by comma; none: the whole cluster")
+    made.add_argument("--namespace", default=OperatorConfig().namespace, help="the operator's own")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = parser().parse_args(arguments)
     names = tuple(name for name in chosen.namespaces.split(",") if name)
     text = manifest(OperatorConfig(namespaces=names, namespace=chosen.namespace))
     if chosen.write is not None:

@@ -315,11 +315,16 @@ def _gb(size: float) -> str:
     return f"{amount:,.0f} GB" if amount >= 100 else f"{amount:.1f} GB"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="moe_planner.claims", description=__doc__)
+    made.add_argument("--write", type=Path, metavar="FILE", help="write it instead of printing it")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the file, or write it."""
-    parser = argparse.ArgumentParser(prog="moe_planner.claims", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write it instead of printing it")
-    asked = parser.parse_args(arguments)
+    asked = parser().parse_args(arguments)
     if asked.write is None:
         sys.stdout.write(render())
     else:

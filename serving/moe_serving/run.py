@@ -37,13 +37,18 @@ class StartFailed(Exception):
     """The application did not come up."""
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--config", type=Path, required=True, help="ServingConfig as JSON")
+    made.add_argument("--http-port", type=int, default=0)
+    made.add_argument("--board-port", type=int, default=0)
+    return made
+
+
 def main() -> int:
     """Run until SIGTERM or SIGINT; 0 after a stop that was asked for, 3 where nothing could be started."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="ServingConfig as JSON")
-    parser.add_argument("--http-port", type=int, default=0)
-    parser.add_argument("--board-port", type=int, default=0)
-    options = parser.parse_args()
+    options = parser().parse_args()
     configure()
     config = ServingConfig.model_validate_json(options.config.read_text())
     config = config.model_copy(update={"board_port": options.board_port or _free_port()})

@@ -64,12 +64,17 @@ async def _until_signalled(path: Path, loaded: Loaded) -> None:
     await serve(path, loaded, SystemClock(), stop)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_tuner", description=__doc__)
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m moe_tuner", description=__doc__)
+    made.add_argument(
         "--config", type=Path, required=True, help="JSON file of moe_core.config.TunerConfig, or of TunersConfig"
     )
-    chosen = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parser().parse_args(arguments)
     try:
         loaded = load(chosen.config)
         configure(loaded.log_level)
