@@ -121,8 +121,9 @@ class Mock(asyncio.Protocol):
             self._transport.write(data)
 
 
-async def serve(chunks: int, gap_s: float) -> None:
-    server = await asyncio.get_running_loop().create_server(lambda: Mock(chunks, gap_s), "127.0.0.1", 0, backlog=2048)
+async def serve(chunks: int, gap_s: float, port: int) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Mock(chunks, gap_s), "127.0.0.1", port, backlog=2048)
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
     await server.serve_forever()
@@ -132,8 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chunks", type=int, default=100)
     parser.add_argument("--gap-ms", type=float, default=2.0)
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
     arguments = parser.parse_args()
-    uvloop.run(serve(arguments.chunks, arguments.gap_ms / 1e3))
+    uvloop.run(serve(arguments.chunks, arguments.gap_ms / 1e3, arguments.port))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class EngineSpec(SpecModel):
         ]
         | None
     ) = revision(
-        "Container image with Ray and vLLM; by default the chart's. Its digest is pinned for each revision.",
+        "Container image with Ray and vLLM; by default the chart's. A revision keeps its name: name a digest.",
         None,
         allowed="an image reference",
     )

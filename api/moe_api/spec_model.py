@@ -74,7 +74,7 @@ class ModelSpec(SpecModel):
         ]
         | None
     ) = fields.revision(
-        "Commit, tag or branch of the repository; by default its main branch, pinned to a commit for each revision.",
+        "Commit, tag or branch of the repository; by default its main branch. Name a commit to keep the same weights.",
         None,
         allowed="a commit, tag or branch",
     )

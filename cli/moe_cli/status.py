@@ -127,7 +127,8 @@ def figures(digest: Any, replicas: Any, report: Any, forecasts: Any = None) -> F
             "ttft_p95_s": traffic.ttft_p95_s,
             "itl_p95_s": traffic.itl_p95_s,
             "slo_attained": traffic.slo_attained,
-            "spill_share": traffic.spilled / traffic.arrivals if traffic.arrivals else 0.0,
+            # Spills count as they end: those of a burst outnumber what has come since.
+            "spill_share": min(1.0, traffic.spilled / traffic.arrivals) if traffic.arrivals else 0.0,
         }
     foretold = _parse(ForecastReport, forecasts)
     if foretold is not None:

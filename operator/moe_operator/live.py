@@ -38,7 +38,8 @@ def update(snapshot: Snapshot) -> LiveStatus | None:
             "ttftP95": _slowest([digest.ttft_p95_s for digest in digests]),
             "itlP95": _slowest([digest.itl_p95_s for digest in digests]),
             "imbalance": _number(snapshot.gateways.imbalance),
-            "spillShare": _number(spilled / arrivals if arrivals else None),
+            # Spills count as they end: those of a burst outnumber what has come since.
+            "spillShare": _number(min(1.0, spilled / arrivals) if arrivals else None),
         }
     )
     if before is not None and fresh.model_copy(update={"at": before.at}) == before:

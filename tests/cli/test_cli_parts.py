@@ -275,6 +275,11 @@ def test_figures_from_what_the_parts_answer() -> None:
     assert (found.exploring, found.decisions) == ("paused", ("slow loop: roll-back: TTFT",))
 
 
+def test_spills_of_a_burst_that_end_after_it_are_no_more_than_all() -> None:
+    digest = GatewayDigest(gateway="g", at_s=0, window_s=10, arrivals=4, spilled=9)
+    assert figures(digest.to_json(), None, None).spill_share == 1.0
+
+
 @pytest.mark.parametrize("answers", [(None, None, None), ({"nonsense": 1}, ["x"], 3), ({}, [], {})])
 def test_silence_and_nonsense_are_no_figures(answers: tuple[Any, Any, Any]) -> None:
     assert figures(*answers) == Figures()
