@@ -34,7 +34,6 @@ NEEDS = {
     "../shared/": "data that is not in this repository",
     "DIR": "traces that are not in this repository",
     "--config": "a config.json that a person has",
-    "--catalog": "a catalog that a person has",
 }
 """What a command that is parsed and not run would need."""
 
@@ -127,6 +126,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lines = [f"2026-01-01 00:{second // 60:02}:{second % 60:02}.0000000,700,90" for second in range(300)]
     for name in TRACES:
         (tmp_path / name).write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    own = re.search(r"^```toml\n(.*?)^```", (ROOT / "docs/howto/profile-d.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert own is not None
+    (tmp_path / "mine.toml").write_text(own.group(1))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
