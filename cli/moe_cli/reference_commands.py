@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -86,7 +87,10 @@ def _type(param: Any) -> str:
     edges = (("≥", param.min), ("≤", param.max))
     bounds = " ".join(f"{sign} {edge:g}" for sign, edge in edges if edge is not None)
     given = param.type_descriptor.annotation
-    return f"{_TYPES[next(iter(get_args(given)), given)]} {bounds}".strip()
+    kind = next((part for part in get_args(given) if part is not type(None)), given)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " ".join(code(str(member.value)) for member in kind)
+    return f"{_TYPES[kind]} {bounds}".strip()
 
 
 def _default(param: Any) -> str:

@@ -64,7 +64,9 @@ def moectl(command: Command) -> str | None:
     """What moectl's own parser says against the words; None where it takes them."""
     parser = get_command(app)
     _mute(parser)
-    words = [PLACEHOLDERS.get(word, word) for word in command.words[1:]]
+    # `bash|zsh|fish` names alternatives: the first stands for all.
+    words = [word.split("|")[0] for word in command.words[1:]]
+    words = [PLACEHOLDERS.get(word, word) for word in words]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             parser.main(words or ["--help"], prog_name="moectl", standalone_mode=False)
