@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def kubectl(command: Command) -> str | None:
     if len(command.words) == 1:
         return None
     verb, rest = command.words[1], command.words[2:]
+    if verb == "moe":  # the plugin is moectl
+        return moectl(replace(command, words=("moectl", *rest)))
     if verb not in KUBECTL:
         return f"kubectl {verb} is not known here"
     if missing := _missing(_values(rest, "-f")):
