@@ -21,5 +21,8 @@ TUNER_MANAGER = "moestack-tuner"
 CLI_MANAGER = "moectl"
 """Field managers of server-side apply, one for each writer."""
 
+MANAGED_SELECTOR = f"app.kubernetes.io/managed-by={OPERATOR_MANAGER}"
+"""Finds what the operator made, and the EndpointSlices of its Services, which repeat their labels."""
+
 NAME_MAX = 36
 """A RayService name holds 47 characters: this one, '-' and ten of a hash."""

@@ -18,7 +18,6 @@ from moe_kube.objects import EVENT, Ref
 from moe_kube.throttle import TokenBucket
 from moe_kube.waits import INSTANT_S, at_most
 
-CONTROLLER = "moestack.dev/operator"
 NOTE_BYTES = 1024
 NAME_CHARS = 128
 """Limits of events.k8s.io/v1: the note in bytes of UTF-8, reason, action and reporting instance in characters."""
@@ -48,8 +47,9 @@ class _Series:
 class Recorder:
     """`record` at any time; `run` as a task writes them. What cannot be written is dropped and counted.
 
-    An object may cause `burst` events at once and then one each `refill_s`; repeats of one event are free. At most
-    `limit` series are remembered.
+    `controller` is who reports, as `moestack.dev/operator`, and `instance` which of its processes. An object may cause
+    `burst` events at once and then one each `refill_s`; repeats of one event are free. At most `limit` series are
+    remembered.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Recorder:
         api: Api,
         clock: Clock,
         *,
+        controller: str,
         instance: str,
         burst: int = 25,
         refill_s: float = 60.0,
@@ -66,6 +67,7 @@ class Recorder:
     ) -> None:
         self._api = api
         self._clock = clock
+        self._controller = controller
         self._instance = instance[:NAME_CHARS]
         self._burst = burst
         self._refill_s = refill_s
@@ -171,7 +173,7 @@ class Recorder:
             "apiVersion": EVENT.api_version,
             "kind": EVENT.kind,
             "eventTime": stamp,
-            "reportingController": CONTROLLER,
+            "reportingController": self._controller,
             "reportingInstance": self._instance,
             "action": action[:NAME_CHARS],
             "reason": reason[:NAME_CHARS],

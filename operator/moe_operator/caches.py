@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from moe_api.annotations import MANAGED_SELECTOR
 from moe_core.clock import Clock
 from moe_core.config import OperatorConfig
 from moe_core.log import get_log
@@ -25,7 +26,6 @@ from moe_kube.errors import ApiError
 from moe_kube.objects import MOE_DEPLOYMENT, Kind, Obj, Ref
 from moe_kube.reflector import Reflector
 from moe_operator.children import WATCHED, Child, Key, keys_of, project
-from moe_operator.names import MANAGED_SELECTOR
 from moe_operator.requests import Observed
 
 RELIST_S = 3600.0

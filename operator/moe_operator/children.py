@@ -14,6 +14,7 @@ from moe_api.annotations import DEPLOYMENT_LABEL, OPERATOR_MANAGER, REVISION_LAB
 from moe_api.redact import redact
 from moe_core.process_config import ROLLING_ARGUMENTS
 from moe_kube import objects as k
+from moe_kube.endpoints import EndpointFacts, endpoint_facts
 from moe_kube.managed import content, digest, owned
 from moe_kube.objects import Kind, Obj, Ref
 
@@ -94,14 +95,6 @@ class RecordFacts:
 
     def unpack(self) -> Any:
         return json.loads(zlib.decompress(self.packed)) if self.packed else {}
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointFacts:
-    """Addresses of the gateway's pods, ready or not."""
-
-    addresses: tuple[str, ...] = ()
-    port: int = 0
 
 
 Facts = RayFacts | ClusterFacts | DeploymentFacts | RecordFacts | EndpointFacts | None
@@ -223,18 +216,10 @@ def _record(obj: Obj) -> RecordFacts:
     return RecordFacts(zlib.compress(raw, 6))
 
 
-def _endpoints(obj: Obj) -> EndpointFacts:
-    addresses = [
-        str(address) for endpoint in obj.get("endpoints") or () for address in (endpoint.get("addresses") or ())[:1]
-    ]
-    ports = obj.get("ports") or ()
-    return EndpointFacts(tuple(sorted(addresses)), int((ports[0].get("port") if ports else 0) or 0))
-
-
 _FACTS: dict[Kind, Any] = {
     k.RAY_SERVICE: _ray_service,
     k.RAY_CLUSTER: _ray_cluster,
     k.DEPLOYMENT: _deployment,
     k.CONTROLLER_REVISION: _record,
-    k.ENDPOINT_SLICE: _endpoints,
+    k.ENDPOINT_SLICE: endpoint_facts,
 }

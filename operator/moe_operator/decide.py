@@ -13,6 +13,7 @@ from moe_api.resource import MoEDeployment
 from moe_api.spec_model import ParallelismSpec
 from moe_api.status import MoEDeploymentStatus, PlanStatus, RevisionStatus, bounded
 from moe_api.status import RevisionPhase as Phase
+from moe_core.addresses import board_name
 from moe_core.config import ServingConfig
 from moe_core.moments import rfc3339
 from moe_core.process_config import rolling_arguments
@@ -22,7 +23,7 @@ from moe_kube.objects import Ref
 from moe_operator import live
 from moe_operator.children import MESSAGE_MAX, NOT_OURS, Child, ClusterFacts
 from moe_operator.conditions import Trouble, judge, timed
-from moe_operator.names import board_name, gateway_budget_name
+from moe_operator.names import gateway_budget_name
 from moe_operator.record import Bounds, RevisionRecord
 from moe_operator.render import gateway, monitoring, revision
 from moe_operator.render.objects import RENDERER_VERSION, Rendered

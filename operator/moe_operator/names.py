@@ -8,14 +8,11 @@ from typing import Any
 from moe_api.annotations import API_VERSION, DEPLOYMENT_LABEL, KIND, NAME_MAX, OPERATOR_MANAGER, REVISION_LABEL
 
 HASH_CHARS = 10
-BOARD_PORT = 8100
 SERVE_PORT = 8000
 GATEWAY_PORT = 8000
-GATEWAY_ADMIN_PORT = 8001
 GATEWAY_TELL_PORT = 8002
 """Of a pod's first worker (UDP); each further one takes the next."""
 MANAGED_BY = {"app.kubernetes.io/managed-by": OPERATOR_MANAGER}
-MANAGED_SELECTOR = f"app.kubernetes.io/managed-by={OPERATOR_MANAGER}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +58,9 @@ def revision_name(deployment: str, digest: str) -> str:
     return f"{deployment[:NAME_MAX]}-{digest[:HASH_CHARS]}"
 
 
-def board_name(revision: str) -> str:
-    return f"{revision}-board"
-
-
 def gateway_name(deployment: str) -> str:
     """Name of the gateway's Deployment, its Service, ConfigMap, autoscaler and budget: the address of clients."""
     return f"{deployment}-gateway"
-
-
-def gateway_admin_name(deployment: str) -> str:
-    return f"{deployment}-gateway-admin"
 
 
 def gateway_budget_name(deployment: str) -> str:
@@ -87,7 +76,3 @@ def engine_policy_name(deployment: str) -> str:
 def serve_url(namespace: str, revision: str) -> str:
     """OpenAI base of a revision: the Service that KubeRay keeps on the pods that serve."""
     return f"http://{revision}-serve-svc.{namespace}.svc:{SERVE_PORT}/v1"
-
-
-def board_url(namespace: str, revision: str) -> str:
-    return f"http://{board_name(revision)}.{namespace}.svc:{BOARD_PORT}"

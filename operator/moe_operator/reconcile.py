@@ -15,6 +15,7 @@ from moe_api.load import ResourceInvalid
 from moe_api.resource import MoEDeployment
 from moe_api.status import MoEDeploymentStatus, bounded
 from moe_api.status import RevisionPhase as Phase
+from moe_core.addresses import board_url
 from moe_core.config import OperatorConfig
 from moe_core.moments import unix_s
 from moe_kube import objects as k
@@ -25,7 +26,7 @@ from moe_operator import live, told
 from moe_operator.children import Child, Key, RayFacts, controller_uid, project
 from moe_operator.conditions import refused, timed
 from moe_operator.decide import Plan, decide
-from moe_operator.names import Owner, board_url
+from moe_operator.names import Owner
 from moe_operator.render.objects import Rendered
 from moe_operator.requests import (
     Apply,

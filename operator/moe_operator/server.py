@@ -31,6 +31,8 @@ from moe_operator.requests import Tell
 from moe_operator.shell import Fleet
 
 LEASE_NAME = "moestack-operator"
+CONTROLLER = "moestack.dev/operator"
+"""Who reports its Events."""
 STUCK_S = 600.0
 """A reconcile that takes longer hangs: each of its calls has a time-out, and it makes some dozens."""
 SHUTDOWN_S = 3.0
@@ -68,7 +70,7 @@ class OperatorServer:
         throttled = Throttled(fenced, qps=config.qps, burst=config.burst, clock=clock)
         self._fleet = fleet or HttpFleet(config.signing_key_file)
         # Events have a pace of their own: they must not take that of reconciles.
-        self._recorder = Recorder(fenced, clock, instance=identity)
+        self._recorder = Recorder(fenced, clock, controller=CONTROLLER, instance=identity)
         self.controller = Controller(
             throttled,
             config,

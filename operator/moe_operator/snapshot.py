@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,14 +16,16 @@ from moe_api.enums import EngineKind
 from moe_api.load import load_object
 from moe_api.resource import MoEDeployment
 from moe_api.status import MoEDeploymentStatus
+from moe_core.addresses import GATEWAY_ADMIN_PORT, gateway_admin_name
 from moe_core.config import OperatorConfig
 from moe_core.moments import unix_s
 from moe_core.process_config import Problem
 from moe_kube import objects as k
+from moe_kube.endpoints import EndpointFacts, at_port
 from moe_kube.managed import owned
 from moe_kube.objects import Kind, Obj, Ref
-from moe_operator.children import Child, ClusterFacts, EndpointFacts, RayFacts, RecordFacts
-from moe_operator.names import GATEWAY_ADMIN_PORT, Owner, gateway_admin_name
+from moe_operator.children import Child, ClusterFacts, RayFacts, RecordFacts
+from moe_operator.names import Owner
 from moe_operator.record import RevisionRecord
 from moe_operator.render import gateway
 from moe_operator.requests import Gateways, Observed
@@ -186,22 +187,8 @@ def pods_of(children: Mapping[Ref, Child]) -> tuple[str, ...]:
     """Admin addresses of a deployment's gateway pods, from its own EndpointSlices: addresses of IP at that port, as the
     operator asks them over HTTP.
     """
-    found = {
-        f"[{address}]:{GATEWAY_ADMIN_PORT}" if ":" in address else f"{address}:{GATEWAY_ADMIN_PORT}"
-        for child in children.values()
-        if isinstance(child.facts, EndpointFacts) and child.facts.port == GATEWAY_ADMIN_PORT
-        for address in child.facts.addresses
-        if _is_ip(address)
-    }
-    return tuple(sorted(found))
-
-
-def _is_ip(address: str) -> bool:
-    try:
-        ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return True
+    slices = (child.facts for child in children.values() if isinstance(child.facts, EndpointFacts))
+    return at_port(slices, GATEWAY_ADMIN_PORT)
 
 
 def parse(obj: Obj) -> tuple[MoEDeployment, MoEDeploymentStatus]:

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import aiohttp
 from aiohttp import web
 
-from moe_operator.names import BOARD_PORT
+from moe_core.addresses import BOARD_PORT
 from tests.cluster.pod_network.sitecustomize import SERVICES
 from tests.gateway.fake_upstream import DONE, FINISH, SSE, chunk, usage_chunk
 

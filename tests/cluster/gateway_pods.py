@@ -26,7 +26,8 @@ import requests
 
 from moe_api.annotations import DEPLOYMENT_LABEL
 from moe_cli.processes import die_with_parent
-from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT, gateway_name
+from moe_core.addresses import GATEWAY_ADMIN_PORT
+from moe_operator.names import GATEWAY_PORT, gateway_name
 from tests.cluster.control_plane import ControlPlane, eventually
 from tests.cluster.edge import CLOSED, Edge
 from tests.cluster.operators import pod_environment

@@ -197,7 +197,7 @@ async def test_two_candidates_on_a_real_lease(control_plane, api, namespace, tas
 
 async def test_events_are_accepted_with_their_series(control_plane, api, namespace):
     made = await api.create(config_map(namespace, "subject"), {})
-    recorder = Recorder(api, SystemClock(), instance="test")
+    recorder = Recorder(api, SystemClock(), controller="moestack.dev/test", instance="test")
     recorder.record(
         config_map(namespace, "subject"), made["metadata"]["uid"], type="Warning", reason="Tried", note="é" * 2000
     )

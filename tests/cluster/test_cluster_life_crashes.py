@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from moe_api.annotations import OPERATOR_MANAGER
+from moe_api.annotations import MANAGED_SELECTOR, OPERATOR_MANAGER
 from moe_core.clock import SystemClock
 from moe_core.wire import GatewayDigest
 from moe_kube import objects as k
@@ -31,7 +31,6 @@ from moe_kube.objects import Obj, Ref
 from moe_operator import rollout
 from moe_operator.children import NOT_OURS, REQUIRED
 from moe_operator.controller import Controller
-from moe_operator.names import MANAGED_SELECTOR
 from moe_operator.render.gateway import START_ANNOTATION
 from moe_operator.requests import AskGateways, Gateways, SendWeights, Tell
 from tests.cluster.control_plane import ControlPlane

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from moe_api.annotations import DEPLOYMENT_LABEL
+from moe_core.addresses import gateway_admin_name
 from moe_kube import objects as k
 from moe_kube.objects import Kind, Obj, Ref
-from moe_operator.names import MANAGED_BY, gateway_admin_name
+from moe_operator.names import MANAGED_BY
 from moe_operator.requests import AskGateways
 from moe_operator.snapshot import parse
 from tests.controller import world as worlds

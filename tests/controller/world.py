@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_api.annotations import DEPLOYMENT_LABEL, OPERATOR_MANAGER, TUNER_MANAGER
+from moe_core.addresses import gateway_admin_name
 from moe_core.clock import FakeClock
 from moe_core.config import OperatorConfig
 from moe_core.moments import rfc3339
@@ -25,7 +26,7 @@ from moe_kube.faults import Crash, Journal
 from moe_kube.faulty import FaultyApi
 from moe_kube.objects import Kind, Obj, Ref
 from moe_operator.children import NOT_OURS, WATCHED, Child, Key, project
-from moe_operator.names import MANAGED_BY, gateway_admin_name, gateway_name
+from moe_operator.names import MANAGED_BY, gateway_name
 from moe_operator.reconcile import reconcile
 from moe_operator.requests import AskGateways, Gateways, Observed, Outcome, SendWeights, Tell
 from moe_operator.shell import Performer, run

@@ -21,7 +21,7 @@ class World:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.store = CasStore()
-        self.recorder = Recorder(self.store, self.clock, instance="pod-1")  # type: ignore[arg-type]
+        self.recorder = Recorder(self.store, self.clock, controller="moestack.dev/operator", instance="pod-1")  # type: ignore[arg-type]
 
     def record(self, note: str = "two replicas are ready", *, ref: Ref = REF, **more: Any) -> None:
         self.recorder.record(ref, "uid-1", **{"reason": "ServingReady", "note": note, **more})
@@ -186,7 +186,7 @@ async def test_a_server_that_fails_is_asked_three_times(world):
 
 
 async def test_memory_is_bounded_even_when_nothing_can_be_written():
-    recorder = Recorder(CasStore(), FakeClock(), instance="pod-1", limit=10)  # type: ignore[arg-type]
+    recorder = Recorder(CasStore(), FakeClock(), controller="moestack.dev/operator", instance="pod-1", limit=10)  # type: ignore[arg-type]
     for n in range(100):
         recorder.record(Ref(MOE_DEPLOYMENT, "team", f"d{n}"), "u", reason="R", note="n")
     assert len(recorder._series) == 10

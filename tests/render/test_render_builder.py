@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from moe_core import process_config
+from moe_core.addresses import BOARD_PORT
 from moe_core.config import ServingConfig
 from moe_kube import objects as k
-from moe_operator.names import BOARD_PORT
 from moe_serving import board, builder
 from tests.render.cases import CASES, Case, example, put
 

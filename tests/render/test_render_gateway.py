@@ -11,10 +11,11 @@ import pytest
 from moe_api.enums import Provider
 from moe_api.spec_engine import EngineSpec
 from moe_core import process_config
+from moe_core.addresses import GATEWAY_ADMIN_PORT
 from moe_core.config import GatewayConfig
 from moe_gateway import access, providers, reload, settings
 from moe_kube import objects as k
-from moe_operator.names import GATEWAY_ADMIN_PORT, GATEWAY_PORT, GATEWAY_TELL_PORT
+from moe_operator.names import GATEWAY_PORT, GATEWAY_TELL_PORT
 from moe_operator.render import gateway
 from moe_operator.render.objects import NotRenderable, Rendered
 from tests.render.cases import CASES, Case, Edit, example, put

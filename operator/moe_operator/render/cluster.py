@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from moe_api.annotations import DEPLOYMENT_LABEL
 from moe_api.enums import CacheKind, GcsFaultTolerance
 from moe_api.v1alpha1 import MoEDeployment, MoEDeploymentSpec
+from moe_core.addresses import BOARD_PORT
 from moe_core.process_config import ENGINE_ENV
-from moe_operator.names import BOARD_PORT, SERVE_PORT, Owner, labels
+from moe_operator.names import SERVE_PORT, Owner, labels
 from moe_operator.render import accelerators
 from moe_operator.render.pods import (
     Container,

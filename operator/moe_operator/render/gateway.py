@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from moe_api.enums import AuthMode, EngineKind, Provider
 from moe_api.v1alpha1 import FallbackTarget, MoEDeployment
 from moe_core import process_config
+from moe_core.addresses import GATEWAY_ADMIN_PORT, board_url, gateway_admin_name
 from moe_core.config import GatewayConfig, GatewayLimits, OperatorConfig, RevisionConfig, SiblingsConfig, TargetConfig
 from moe_core.process_config import EXTERNAL, Problem
 from moe_kube import objects as k
 from moe_kube.managed import digest
 from moe_operator.names import (
-    GATEWAY_ADMIN_PORT,
     GATEWAY_PORT,
     GATEWAY_TELL_PORT,
     Owner,
-    board_url,
     engine_policy_name,
-    gateway_admin_name,
     gateway_budget_name,
     gateway_name,
     labels,

@@ -12,11 +12,10 @@ from typing import Any
 from moe_api.annotations import DEPLOYMENT_LABEL
 from moe_api.enums import EngineKind
 from moe_api.v1alpha1 import MoEDeployment
+from moe_core.addresses import BOARD_PORT, GATEWAY_ADMIN_PORT
 from moe_core.config import OperatorConfig
 from moe_kube import objects as k
 from moe_operator.names import (
-    BOARD_PORT,
-    GATEWAY_ADMIN_PORT,
     GATEWAY_PORT,
     GATEWAY_TELL_PORT,
     SERVE_PORT,

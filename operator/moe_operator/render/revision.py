@@ -16,10 +16,11 @@ import orjson
 from moe_api.enums import EngineKind
 from moe_api.v1alpha1 import MoEDeployment
 from moe_core import process_config
+from moe_core.addresses import BOARD_PORT, board_name
 from moe_core.config import OperatorConfig, ServingConfig
 from moe_core.process_config import Problem
 from moe_kube import objects as k
-from moe_operator.names import BOARD_PORT, SERVE_PORT, Owner, board_name, labels
+from moe_operator.names import SERVE_PORT, Owner, labels
 from moe_operator.record import Bounds, RevisionRecord
 from moe_operator.render import accelerators, cluster
 from moe_operator.render.cluster import ENGINE, Engine
