@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from moe_api.redact import redact
+
 MAX_BYTES = 1024 * 1024
 MAX_NODES = 50_000
 MAX_DEPTH = 64
@@ -119,7 +121,7 @@ def _lines(root: yaml.Node) -> Iterator[tuple[Path, int]]:
         if count > MAX_NODES or len(path) > MAX_DEPTH:
             raise _at("is too large once its aliases are followed, or nested too deeply", node)
         if node.tag not in _PLAIN:
-            raise _at(f"the tag {node.tag} is not allowed: write plain values", node)
+            raise _at(f"the tag {redact(node.tag)} is not allowed: write plain values", node)
         yield path, node.start_mark.line + 1
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:

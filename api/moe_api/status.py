@@ -227,8 +227,12 @@ class ReplicaBounds(SpecModel):
 class TuningStatus(SpecModel):
     """The durable record of the tuner; the tuner alone writes it."""
 
+    written_by: Word = told("Which of the tuner's processes wrote this.", "")
     mode: Word = told("Mode in force.", "")
     knobs: KnobsInForce | None = told("Knobs in force.")
+    on_trial: Annotated[bool, Field(strict=True)] = told("The knobs in force are a candidate: unproven.", False)
+    safe: KnobsInForce | None = told("Knobs that stand while nothing presses: what a new start returns to.")
+    auto_since: Time | None = told("When mode Auto first began: trials run in the simulator alone for a day from then.")
     acknowledged: Natural = told("Lowest version in force on any rank.", 0)
     replicas: ReplicaBounds | None = told("Bounds of autoscaling asked for.")
     context: TrafficContext | None = told("Traffic now.")

@@ -92,22 +92,14 @@ def tuner_config(
     state_dir: Path,
     console: ConsoleConfig,
 ) -> TunerConfig:
-    spec = resource.spec
     return TunerConfig(
-        deployment=resource.key,
-        mode=spec.tuning.mode.value,
+        **process_config.tuning(resource),
         board_url=board_url,
         gateway_admin_urls=(gateway_admin_url,),
         prometheus_url=prometheus_url,
         signing_key_file=str(signing_key),
         storage_url=f"sqlite:///{state_dir / 'tuner.db'}",
         decision_log=str(state_dir / "decisions.jsonl"),
-        slo=process_config.slo(resource),
-        bounds=process_config.knob_bounds(spec),
-        max_lost_gate_mass=float(spec.quality.max_lost_gate_mass),
-        changes_per_hour=spec.tuning.change_budget.changes_per_hour,
-        trials_per_day=spec.tuning.change_budget.trials_per_day,
-        paused=spec.tuning.paused,
         console=console,
     )
 

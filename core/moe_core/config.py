@@ -20,6 +20,7 @@ from moe_api.enums import (
     FallbackRight,
     MetricsDialect,
     MidStream,
+    Overflow,
     SessionKey,
 )
 from moe_core.wire import Knobs, Percent
@@ -299,6 +300,10 @@ class TunerConfig(Model):
         default=None, description="file with the password of storageUrl, which then has none; read at each connection"
     )
     console: ConsoleConfig | None = Field(default=None, description="None: no web page")
+    pins: dict[str, Decimal | Overflow | None] = Field(
+        default_factory=dict,
+        description="knob → value that it is held at, beside bounds.pinned, which names it too; null: where it is",
+    )
 
 
 class TunersConfig(Model):
@@ -311,6 +316,35 @@ class TunersConfig(Model):
     port: Port = 0
     log_level: str = "INFO"
     console: ConsoleConfig | None = None
+
+
+class ClusterTunerConfig(Model):
+    """A tuner process for the MoEDeployments of a cluster: what they do not say themselves."""
+
+    namespaces: tuple[str, ...] = Field(
+        default=(), description="namespaces whose MoEDeployments it tunes; none: the whole cluster"
+    )
+    namespace: str = Field(default="moestack-system", description="its own, where its Lease lies")
+    identity: str = Field(
+        default="", description="name of this pod in the Lease, in Events and in status.tuning; by default the host's"
+    )
+    prometheus_url: str
+    signing_key_file: str = Field(description="private key that signs knobs")
+    storage_url: str | None = Field(
+        default=None, description="PostgreSQL for all studies; None: SQLite files in stateDir, lost with the pod"
+    )
+    storage_password_file: str | None = None
+    state_dir: str = Field(default="/var/lib/moestack", description="decision logs, saved states, studies")
+    tick_s: float = Field(default=1.0, gt=0)
+    window_s: float = Field(default=10.0, gt=0)
+    simulator_only_s: float = Field(default=86_400.0, ge=0)
+    record_every_s: float = Field(default=10.0, gt=0, description="least time between two writes of one status.tuning")
+    qps: float = Field(default=20.0, gt=0, description="calls a second on the API server")
+    burst: int = Field(default=40, ge=1)
+    lease_s: float = Field(default=15.0, gt=1)
+    host: str = "127.0.0.1"
+    port: Port = 0
+    log_level: str = "INFO"
 
 
 class ServingConfig(Model):

@@ -226,6 +226,12 @@ TUNER_ACK_SECONDS = _histogram(
     "moestack_tuner_ack_seconds", ("deployment",), "From decision to the last rank's acknowledgement"
 )
 TUNER_TICK_SECONDS = _histogram("moestack_tuner_tick_seconds", ("deployment",), "Time of one fast tick")
+TUNER_LEADER = _gauge(
+    "moestack_tuner_leader", (), "1 while this process tunes, 0 while it stands by; in a cluster, where it has a lease"
+)
+TUNER_RECORDS = _counter(
+    "moestack_tuner_records_total", ("result",), "Writes of status.tuning: result=written or failed"
+)
 
 # Exported by the operator. No label names an object: a cluster may hold thousands.
 OPERATOR_RECONCILE_SECONDS = _histogram(

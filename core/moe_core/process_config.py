@@ -15,6 +15,7 @@ from moe_api.enums import AuthMode, FallbackMode, MetricsDialect, Toggle
 from moe_api.spec_engine import EngineSpec
 from moe_api.spec_gateway import GatewaySpec
 from moe_api.spec_traffic import SloSpec, TargetLimits, TierSlo
+from moe_api.spec_tuning import PIN_KNOBS
 from moe_api.v1alpha1 import (
     Egress,
     EngineKind,
@@ -400,3 +401,20 @@ def knob_bounds(spec: MoEDeploymentSpec) -> KnobBounds:
         miss_probability_max=float(bounds.miss_probability.max) if bounds.miss_probability.max < 1 else None,
         pinned=spec.tuning.pins.knobs(),
     )
+
+
+def tuning(resource: MoEDeployment) -> dict[str, Any]:
+    """The fields of a TunerConfig that the resource decides."""
+    spec = resource.spec
+    pins = {knob: getattr(spec.tuning.pins, field) for field, knob in PIN_KNOBS.items()}
+    return {
+        "deployment": resource.key,
+        "mode": spec.tuning.mode.value,
+        "slo": slo(resource),
+        "bounds": knob_bounds(spec),
+        "max_lost_gate_mass": float(spec.quality.max_lost_gate_mass),
+        "changes_per_hour": spec.tuning.change_budget.changes_per_hour,
+        "trials_per_day": spec.tuning.change_budget.trials_per_day,
+        "paused": spec.tuning.paused,
+        "pins": {knob: value for knob, value in pins.items() if value is not None},
+    }

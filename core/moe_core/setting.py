@@ -11,12 +11,15 @@ from moe_core.config import KnobBounds
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs, Overflow
 
 CAPACITY = "experts.capacityFactor.prefill"
+DECODE_CAPACITY = "experts.capacityFactor.decode"
 OVERFLOW = "experts.overflow"
 ACTIVE_SEQS = "engine.maxActiveSeqs"
+BATCHED_TOKENS = "engine.maxBatchedTokens"
 SPILL = "fallback.missProbability"
+SHARE_CAP = "fallback.shareCap"
 KNOBS = (
-    *(CAPACITY, "experts.capacityFactor.decode", OVERFLOW, "experts.perToken", "experts.redundant"),
-    *(ACTIVE_SEQS, "engine.maxBatchedTokens", SPILL, "fallback.shareCap", "replicas"),
+    *(CAPACITY, DECODE_CAPACITY, OVERFLOW, "experts.perToken", "experts.redundant"),
+    *(ACTIVE_SEQS, BATCHED_TOKENS, SPILL, SHARE_CAP, "replicas"),
 )
 """Every knob that a pin may name; a pin may also name a group of them (`experts`, `experts.capacityFactor`)."""
 

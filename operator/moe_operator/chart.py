@@ -17,6 +17,7 @@ import yaml
 
 from moe_api import crd
 from moe_core import metrics
+from moe_kube.rights import rules
 from moe_operator import dashboards, rbac
 from moe_operator.dashboards.model import Dashboard, to_json
 from moe_operator.render.alerts import Alert
@@ -59,8 +60,8 @@ def files() -> dict[str, str]:
     definition["metadata"].setdefault("annotations", {})["helm.sh/resource-policy"] = "keep"
     return {
         "crd.yaml": _dump(definition),
-        "rules.yaml": _dump(rbac.rules(rbac.OBJECTS)),
-        "lease-rules.yaml": _dump(rbac.rules(rbac.OWN)),
+        "rules.yaml": _dump(rules(rbac.OBJECTS)),
+        "lease-rules.yaml": _dump(rules(rbac.OWN)),
         "alerts.yaml": _dump([_rule(alert) for alert in ALERTS]),
         **{f"{DASHBOARDS}/{page.name}.json": _page(page) for page in dashboards.ALL},
     }

@@ -84,7 +84,7 @@ async def test_a_sent_setting_is_acknowledged_and_read_back(kind: str) -> None:
 async def test_digests_are_read_and_tell_what_a_replica_booted_with(kind: str) -> None:
     signer = Signer.generate()
     async with board_of(kind, signer) as url, session() as client:
-        reading = await World(client, actuator(url, signer, client), url, ()).read()
+        reading = await World(client, actuator(url, signer, client), url).read()
         assert reading.board_up
         assert reading.in_force is None
         assert reading.observation.missing == ()

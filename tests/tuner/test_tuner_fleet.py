@@ -9,15 +9,35 @@ from typing import Any
 
 import pytest
 
+from moe_api.spec_tuning import PIN_KNOBS
 from moe_core.config import TunerConfig
 from moe_core.log import get_log
-from moe_core.setting import ACTIVE_SEQS, CAPACITY, OVERFLOW, SPILL, Setting
+from moe_core.setting import (
+    ACTIVE_SEQS,
+    BATCHED_TOKENS,
+    CAPACITY,
+    DECODE_CAPACITY,
+    OVERFLOW,
+    SHARE_CAP,
+    SPILL,
+    Setting,
+)
 from moe_core.signing import Signer
 from moe_core.wire import Overflow, TuningOrders
 from moe_tuner.live import Live, OrdersRefused, effective, held
 from moe_tuner.settings import ConfigRefused, checked, load
+from tests.tuner.fakes import FakeGateway, served
 from tests.tuner.tuner_fleet import boards, burst, entry, running, until
 from tests.tuner.tuner_world import setting
+
+PINNED = {
+    CAPACITY: "1.5",
+    DECODE_CAPACITY: "2",
+    ACTIVE_SEQS: "8",
+    BATCHED_TOKENS: "512",
+    SPILL: "0.25",
+    SHARE_CAP: "0.5",
+}
 
 
 async def test_a_gone_board_a_lost_key_and_a_bad_entry_stop_nobody_else(tmp_path: Path) -> None:
@@ -168,11 +188,52 @@ def test_orders_hold_back_and_never_set_free() -> None:
     orders = TuningOrders(deployment=CONFIG.deployment, version=1, pins={SPILL: None})
     assert effective(config, orders).paused
     assert effective(config, orders).bounds.pinned == (SPILL,)
-    assert held(setting(seqs=16), orders, config.bounds) == setting(seqs=16)
+    assert held(setting(seqs=16), orders.pins, config.bounds) == setting(seqs=16)
     value = TuningOrders(deployment=CONFIG.deployment, version=1, pins={SPILL: Decimal("0.4"), CAPACITY: Decimal(1)})
-    kept = held(setting(seqs=16), value, config.bounds)
+    kept = held(setting(seqs=16), value.pins, config.bounds)
     assert kept.fallback.miss_probability == 0.4
     assert (kept.prefill_cap, kept.experts.overflow) == (Decimal(1), Overflow.REROUTE)
+
+
+def test_every_knob_that_can_be_pinned_is_held_at_its_value() -> None:
+    pins = {knob: Decimal(value) for knob, value in PINNED.items()} | {OVERFLOW: Overflow.DROP}
+    kept = held(setting(), pins, CONFIG.bounds)
+    assert (kept.experts.overflow, kept.experts.capacity_factor_prefill) == (Overflow.DROP, Decimal("1.5"))
+    assert kept.experts.capacity_factor_decode == Decimal(2)
+    assert (kept.engine.max_active_seqs, kept.engine.max_batched_tokens) == (8, 512)
+    assert (kept.fallback.miss_probability, kept.fallback.share_cap) == (0.25, 0.5)
+    assert {*pins} == {*PIN_KNOBS.values()}
+    assert held(setting("1"), {OVERFLOW: Overflow.UNLIMITED}, CONFIG.bounds).prefill_cap is None
+
+
+async def test_a_pod_of_the_gateway_that_comes_later_is_sent_what_is_in_force(tmp_path: Path) -> None:
+    async with running(tmp_path) as r, boards(r.signer, 1) as made:
+        board, gateway, board_url, gateway_url = made[0]
+        await r.follow(entry(tmp_path, "a", board_url, gateway_url))
+        burst(board, gateway)
+        await until(lambda: bool(board.applied))
+        member = r.fleet.find(None)
+        assert member is not None
+        tuner, later = member.tuner, FakeGateway()
+        async with served(later.routes()) as later_url:
+            changed = entry(tmp_path, "a", board_url, gateway_url)
+            await r.follow({**changed, "gatewayAdminUrls": [gateway_url, later_url]})
+            await until(lambda: later.versions != [] and later.versions[-1] == board.version)
+            assert member.tuner is tuner
+            await r.follow({**changed, "gatewayAdminUrls": [later_url]})
+            await until(lambda: member.tuner is not None and member.tuner.report().signals.missing == ())
+
+
+async def test_knobs_are_sent_by_the_one_that_leads(tmp_path: Path) -> None:
+    leads = [False]
+    async with running(tmp_path, may_send=lambda: leads[0]) as r, boards(r.signer, 1) as made:
+        board, gateway, board_url, gateway_url = made[0]
+        await r.follow(entry(tmp_path, "a", board_url, gateway_url))
+        burst(board, gateway)
+        await until(lambda: any("another process leads" in str(d.note) for d in r.decisions()))
+        assert board.posts == 0
+        leads[0] = True
+        await until(lambda: bool(board.applied))
 
 
 REFUSED_ENTRIES = [

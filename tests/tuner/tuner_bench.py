@@ -87,7 +87,7 @@ class Bench:
         hand = Hand(live, actuator=actuator, journal=journal, exporter=exporter, clock=self.clock, log=log)
         study = Study(self.config.storage_url, DEPLOYMENT, seed=1)
         slow = SlowLoop(live, source=self.source, study=study, clock=self.clock, log=log)
-        world = World(self.client, actuator, self.config.board_url, self.config.gateway_admin_urls)  # type: ignore[arg-type]
+        world = World(self.client, actuator, self.config.board_url)  # type: ignore[arg-type]
         tuner = Tuner(live, world=world, hand=hand, slow=slow, exporter=exporter, clock=self.clock, log=log)
         self.tuners.append((tuner, hand, slow))
 

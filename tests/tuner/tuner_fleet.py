@@ -22,6 +22,7 @@ from moe_core.wire import TuningOrders
 from moe_tuner.deployment import Shared
 from moe_tuner.exporter import Families
 from moe_tuner.fleet import Fleet
+from moe_tuner.report import DecisionRecord
 from moe_tuner.server import application
 from moe_tuner.settings import load
 from moe_tuner.workers import Workers
@@ -56,6 +57,10 @@ class Running:
     client: aiohttp.ClientSession
     signer: Signer
 
+    def decisions(self) -> tuple[DecisionRecord, ...]:
+        member = self.fleet.find(None)
+        return () if member is None or member.tuner is None else member.tuner.report().decisions
+
     async def follow(self, *entries: dict[str, Any]) -> None:
         self.path.write_text(json.dumps({"deployments": entries}))
         await self.fleet.follow(load(self.path))
@@ -75,11 +80,11 @@ class Running:
 
 
 @asynccontextmanager
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
+async def running(tmp_path: Path, may_send: Callable[[], bool] = lambda: True) -> AsyncIterator[Running]:
     signer, families, workers = Signer.generate(), Families(), Workers()
     signer.save(tmp_path / "key.pem")
     async with session() as client:
-        fleet = Fleet(Shared(client, SystemClock(), get_log("test"), workers, families))
+        fleet = Fleet(Shared(client, SystemClock(), get_log("test"), workers, families, may_send))
         runner = web.AppRunner(application(fleet, families))
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -1,12 +1,13 @@
-"""`python -m moe_tuner --config FILE`: reads the configuration, prints one ready line, tunes until SIGTERM."""
+"""`python -m moe_tuner --config FILE`: reads the configuration, prints one ready line, tunes until SIGTERM.
+
+With `--cluster FILE` it tunes the MoEDeployments of a cluster, which say themselves how.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from moe_core.http import session
 from moe_core.log import configure, get_log
 from moe_tuner.console.rights import LOOPBACK
 from moe_tuner.console.routes import load_tokens, mount
-from moe_tuner.deployment import Shared, load_signer
+from moe_tuner.deployment import Shared
 from moe_tuner.exporter import Families
 from moe_tuner.fleet import ConfigWatch, Fleet
+from moe_tuner.process import told_to_stop, why
 from moe_tuner.server import application
-from moe_tuner.settings import ConfigRefused, Loaded, load
+from moe_tuner.settings import ConfigRefused, Loaded, load, load_signer
 from moe_tuner.workers import Workers, share_evenly
 
 GRACE_S = 3.0
@@ -57,38 +59,40 @@ async def serve(path: Path, loaded: Loaded, clock: Clock, stop: asyncio.Event) -
 
 
 async def _until_signalled(path: Path, loaded: Loaded) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await serve(path, loaded, SystemClock(), stop)
+    await serve(path, loaded, SystemClock(), told_to_stop())
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m moe_tuner", description=__doc__)
+    where = made.add_mutually_exclusive_group(required=True)
+    where.add_argument("--config", type=Path, help="JSON file of moe_core.config.TunerConfig, or of TunersConfig")
+    where.add_argument("--cluster", type=Path, help="JSON file of moe_core.config.ClusterTunerConfig")
     made.add_argument(
-        "--config", type=Path, required=True, help="JSON file of moe_core.config.TunerConfig, or of TunersConfig"
+        "--kubeconfig", type=Path, help="by default $KUBECONFIG, then the pod's service account, then ~/.kube/config"
     )
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
+    if chosen.cluster is not None:
+        from moe_tuner import cluster  # noqa: PLC0415  # one machine needs no client of Kubernetes
+
+        return cluster.run(chosen.cluster, chosen.kubeconfig)
     try:
         loaded = load(chosen.config)
         configure(loaded.log_level)
         share_evenly()
         if len(loaded.configs) == 1 and not loaded.refused:
             # Alone in its process, a deployment whose key is missing has nothing to wait for.
-            load_signer(loaded.configs[0])
+            load_signer(loaded.configs[0].signing_key_file)
         asyncio.run(_until_signalled(chosen.config, loaded))
     except ConfigRefused as refusal:
         print(f"tuner: {refusal}", file=sys.stderr)  # noqa: T201
         return 2
     except OSError as error:
-        where = f"port {loaded.port} is in use" if error.errno == errno.EADDRINUSE else str(error)
-        print(f"tuner: {where}", file=sys.stderr)  # noqa: T201
+        print(f"tuner: {why(error, loaded.port)}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
 

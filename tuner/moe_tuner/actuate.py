@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import aiohttp
@@ -85,10 +85,16 @@ class Actuator:
         client: aiohttp.ClientSession,
         clock: Clock,
         log: Log,
+        may_send: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`may_send`: whether this process is the one that may change knobs now."""
         self._deployment = deployment
         self._board = board_url.rstrip("/")
-        self._gateways = tuple(url.rstrip("/") for url in gateway_urls)
+        self._may_send = may_send
+        self.gateways: tuple[str, ...] = ()
+        """Admin addresses of every pod of the gateway."""
+        self.found_key = ""
+        """Id of the key that signed the knobs that the board hands out."""
         self._signer = signer
         self._client = client
         self._clock = clock
@@ -96,6 +102,17 @@ class Actuator:
         self.version = 0
         self._last: Sent | None = None
         self._gateway_errors: dict[str, str] = {}
+        self.reach(gateway_urls)
+
+    def reach(self, gateway_urls: Iterable[str]) -> None:
+        """The gateway's pods from now on. One that is new is behind, and is sent the knobs with the next reading."""
+        self.gateways = tuple(url.rstrip("/") for url in gateway_urls)
+        self._gateway_errors = {url: why for url, why in self._gateway_errors.items() if url in self.gateways}
+
+    @property
+    def signed_by_us(self) -> bool:
+        """Whether what the board hands out was signed by our key: by this process, or one like it."""
+        return self.found_key == self._signer.key_id
 
     def heard(self, versions: Iterable[int]) -> None:
         """Note versions in force elsewhere: the next one must be above them, even after a board lost its memory."""
@@ -110,14 +127,17 @@ class Actuator:
                 return None
             raise
         try:
-            knobs = Knobs.model_validate_json(Signed.model_validate(answer).payload)
+            envelope = Signed.model_validate(answer)
+            knobs = Knobs.model_validate_json(envelope.payload)
         except ValidationError:
             raise HttpError("GET", f"{self._board}/v1/knobs", 200, "the answer is no signed Knobs document") from None
+        self.found_key = envelope.key_id
         self.heard([knobs.version])
         return knobs
 
     async def send(self, setting: Setting) -> Sent:
         """Give the board the next version, and the gateways after it. Raises ActuationFailed or Overtaken."""
+        self._fence()
         try:
             await self.current()
         except HttpError as error:
@@ -132,12 +152,12 @@ class Actuator:
     async def resend(self, in_force: Knobs | None, gateway_versions: dict[str, int]) -> None:
         """Repair what was lost: a board without our version, gateways behind it. Same version, same envelope."""
         last = self._last
-        if last is None or last.knobs.version != self.version:
+        if last is None or last.knobs.version != self.version or not self._may_send():
             return
         if in_force is None or in_force.version < last.knobs.version:
             self._log.warning("the board lost the knobs: sending them again", version=last.knobs.version)
             await self._to_board(last)
-        behind = [url for url in self._gateways if gateway_versions.get(url, self.version) < self.version]
+        behind = [url for url in self.gateways if gateway_versions.get(url, self.version) < self.version]
         if behind:
             self._log.warning("gateways are behind: sending the knobs again", version=self.version, gateways=behind)
             await self._to_gateways(last, behind)
@@ -176,10 +196,15 @@ class Actuator:
                 await self._to_gateways(sent, tuple(self._gateway_errors))
             await self._clock.sleep(ACK_POLL_S)
 
+    def _fence(self) -> None:
+        if not self._may_send():
+            raise ActuationFailed("knobs were not sent: another process leads")
+
     async def _to_board(self, sent: Sent) -> None:
         url = f"{self._board}/v1/knobs"
 
         async def attempt() -> None:
+            self._fence()
             try:
                 await call_json(self._client, "POST", url, sent.envelope.to_json(), total_s=CALL_S)
             except HttpError as error:
@@ -209,7 +234,7 @@ class Actuator:
         return Overtaken(version, knobs)
 
     async def _to_gateways(self, sent: Sent, urls: Iterable[str] | None = None) -> None:
-        targets = self._gateways if urls is None else tuple(urls)
+        targets = self.gateways if urls is None else tuple(url for url in urls if url in self.gateways)
         results = await asyncio.gather(*(self._to_gateway(url, sent) for url in targets))
         for url, problem in zip(targets, results, strict=True):
             if problem is None:

@@ -142,6 +142,9 @@ class Tuner:
             knobs=hand.in_force,
             home=hand.state.home,
             displaced=hand.in_force is not None and hand.in_force != hand.state.home,
+            on_trial=hand.holds_trial,
+            acknowledged=min(self._folded.versions, default=0),
+            auto_since_s=hand.memory.auto_since_s,
             acks=hand.acks,
             exploring=self._exploring,
             exploring_reason=self._closed or self._slow.state.why,
@@ -198,13 +201,14 @@ class Tuner:
 
     async def _hold_pins(self) -> None:
         """Put the values in force at which a person pinned knobs."""
-        config, hand, orders = self._live.config, self._hand, self._live.orders
-        in_force = hand.in_force
-        if in_force is None or orders is None or not hand.may_send or hand.holds_trial:
+        config, hand, in_force = self._live.config, self._hand, self._hand.in_force
+        if in_force is None or not config.pins or not hand.may_send or hand.holds_trial:
             return
-        wanted = held(in_force, orders, config.bounds)
+        if self._clock.monotonic() < hand.no_moves_until_s:  # A rank refused it a moment ago.
+            return
+        wanted = held(in_force, config.pins, config.bounds)
         if wanted != in_force and await hand.send(wanted, "fast", "Pin", "a person holds these knobs at a value"):
-            hand.pinned(held(hand.state.home or wanted, orders, config.bounds))
+            hand.pinned(held(hand.state.home or wanted, config.pins, config.bounds))
 
     # The slow loop
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import aiohttp
 
@@ -18,9 +18,10 @@ from moe_tuner.actuate import Actuator
 from moe_tuner.daemon import Tuner
 from moe_tuner.exporter import Exporter, Families
 from moe_tuner.hand import Hand
-from moe_tuner.journal import Journal
+from moe_tuner.journal import Journal, Kept
 from moe_tuner.live import AT_START, Live, OrdersRefused
-from moe_tuner.settings import ConfigRefused
+from moe_tuner.report import DecisionRecord
+from moe_tuner.settings import ConfigRefused, load_signer
 from moe_tuner.signals import Prometheus
 from moe_tuner.slow import SlowLoop
 from moe_tuner.study import Study
@@ -39,17 +40,12 @@ class Shared:
     log: Log
     workers: Workers
     families: Families
-
-
-def load_signer(config: TunerConfig) -> Signer:
-    """The key that signs this deployment's knobs. Raises ConfigRefused."""
-    path = config.signing_key_file
-    try:
-        return Signer.load(Path(path))
-    except OSError as error:
-        raise ConfigRefused(f"signingKeyFile {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigRefused(f"signingKeyFile: {error}") from None
+    may_send: Callable[[], bool] = lambda: True
+    """Whether this process may change knobs now; where several stand by, the leader alone may."""
+    told: Callable[[str, DecisionRecord], None] = lambda deployment, record: None
+    """Told of each decision of a deployment."""
+    kept: Callable[[str], Kept | None] = lambda deployment: None
+    """What is kept of a deployment outside of this disk."""
 
 
 class Deployment:
@@ -64,6 +60,7 @@ class Deployment:
         self._phase_s = phase_s
         self._log = shared.log.bind(deployment=config.deployment)
         self._signer: Signer | None = None
+        self._actuator: Actuator | None = None
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -88,6 +85,8 @@ class Deployment:
             self.start()
         else:
             self.tuner.live.reconfigure(config)
+            if self._actuator is not None:
+                self._actuator.reach(config.gateway_admin_urls)
         self._log.info("configuration in force", mode=config.mode, paused=config.paused, started_again=bool(moved))
 
     def obey(self, envelope: Signed) -> TuningOrders:
@@ -129,7 +128,7 @@ class Deployment:
     async def _run(self) -> None:
         config, shared, log = self._config, self._shared, self._log
         clock, client = shared.clock, shared.client
-        self._signer = load_signer(config)
+        self._signer = load_signer(config.signing_key_file)
         live = Live(config, log)
         prometheus = Prometheus(config.prometheus_url, config.deployment, shared.workers)
         exporter = Exporter(config.deployment, shared.families)
@@ -142,13 +141,23 @@ class Deployment:
                 client=client,
                 clock=clock,
                 log=log,
+                may_send=shared.may_send,
             )
-            journal = Journal(config.decision_log, clock, log)
+            self._actuator = actuator
+            journal = Journal(config.decision_log, clock, log, shared.kept(self.name))
             study = Study(config.storage_url, config.deployment, password_file=config.storage_password_file)
             tuner = Tuner(
                 live,
-                world=World(client, actuator, config.board_url, config.gateway_admin_urls),
-                hand=Hand(live, actuator=actuator, journal=journal, exporter=exporter, clock=clock, log=log),
+                world=World(client, actuator, config.board_url),
+                hand=Hand(
+                    live,
+                    actuator=actuator,
+                    journal=journal,
+                    exporter=exporter,
+                    clock=clock,
+                    log=log,
+                    told=lambda record: shared.told(self.name, record),
+                ),
                 slow=SlowLoop(live, source=prometheus, study=study, clock=clock, log=log, workers=shared.workers),
                 exporter=exporter,
                 clock=clock,

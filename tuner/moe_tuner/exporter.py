@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from moe_core import metrics
 from moe_tuner.explore import End
@@ -15,6 +16,7 @@ class Families:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._records: Counter | None = None
         self.decisions = metrics.counter(metrics.TUNER_DECISIONS, self._registry)
         self.exploring = metrics.gauge(metrics.TUNER_EXPLORING, self._registry)
         self.version = metrics.gauge(metrics.TUNER_KNOBS_VERSION, self._registry)
@@ -24,6 +26,16 @@ class Families:
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
+
+    def leads(self, leading: Callable[[], bool]) -> None:
+        """Tell as well whether this process leads: where several stand by."""
+        metrics.gauge(metrics.TUNER_LEADER, self._registry).set_function(lambda: 1.0 if leading() else 0.0)
+        self._records = metrics.counter(metrics.TUNER_RECORDS, self._registry)
+
+    def recorded(self, result: str) -> None:
+        """A write of `status.tuning`. Only after `leads`."""
+        if self._records is not None:
+            self._records.labels(result).inc()
 
 
 class Exporter:

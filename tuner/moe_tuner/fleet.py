@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from moe_core.clock import Clock
+from moe_core.config import TunerConfig
 from moe_core.log import Log
 from moe_tuner.deployment import Deployment, Shared
 from moe_tuner.report import DeploymentSummary
@@ -28,26 +29,43 @@ class Fleet:
     async def follow(self, loaded: Loaded) -> None:
         """Start, change and stop tuners until they are what was loaded. An entry that is refused now and ran before
         goes on by its old configuration: a typing error must not end tuning, nor forget a trial in force."""
-        self._refused = dict(loaded.refused)
-        for name, why in self._refused.items():
+        for name, why in loaded.refused.items():
+            self.refuse(name, why)
+        known = {config.deployment for config in loaded.configs} | loaded.refused.keys()
+        gone = [name for name in self.names if name not in known]
+        await asyncio.gather(*(self.drop(name) for name in gone))
+        await asyncio.gather(*(self.put(config) for config in loaded.configs))
+
+    async def put(self, config: TunerConfig) -> None:
+        """Tune a deployment by this configuration from now on."""
+        name = config.deployment
+        self._refused.pop(name, None)
+        if (member := self._members.get(name)) is not None:
+            await member.reconfigure(config)
+            return
+        self._begun += 1
+        phase_s = self._begun * GOLDEN % 1.0 * config.tick_s
+        self._members[name] = member = Deployment(config, self._shared, phase_s)
+        member.start()
+
+    def refuse(self, name: str, why: str) -> None:
+        """Tell why a deployment cannot be tuned as it is configured now."""
+        if self._refused.get(name) != why:
             running = "; it goes on as it was" if name in self._members else ""
             self._shared.log.error(f"configuration refused{running}", deployment=name, why=why)
-        wanted = {config.deployment: config for config in loaded.configs}
-        gone = [self._members.pop(name) for name in list(self._members) if name not in wanted | self._refused]
-        await asyncio.gather(*(member.stop() for member in gone))
-        changes = []
-        for name, config in wanted.items():
-            if (member := self._members.get(name)) is not None:
-                changes.append(member.reconfigure(config))
-                continue
-            self._begun += 1
-            phase_s = self._begun * GOLDEN % 1.0 * config.tick_s
-            self._members[name] = member = Deployment(config, self._shared, phase_s)
-            member.start()
-        await asyncio.gather(*changes)
+        self._refused[name] = why
+
+    async def drop(self, name: str) -> None:
+        """Let a deployment go, and return when its tuner has ended."""
+        self._refused.pop(name, None)
+        member = self._members.pop(name, None)
+        if member is not None:
+            await member.stop()
 
     async def stop(self) -> None:
-        await asyncio.gather(*(member.stop() for member in self._members.values()))
+        """Let all go."""
+        self._refused.clear()
+        await asyncio.gather(*(self.drop(name) for name in list(self._members)))
 
     def find(self, name: str | None) -> Deployment | None:
         """A deployment by name; without one, the only one there is."""

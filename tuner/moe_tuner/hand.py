@@ -7,6 +7,7 @@ else's, which become the home.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,8 +45,10 @@ class Hand:
         exporter: Exporter,
         clock: Clock,
         log: Log,
+        told: Callable[[DecisionRecord], None] = lambda record: None,
     ) -> None:
         self._live = live
+        self._told = told
         self._actuator = actuator
         self._journal = journal
         self._exporter = exporter
@@ -131,8 +134,9 @@ class Hand:
 
     async def _adopt(self, reading: Reading) -> None:
         """Take over what is in force, and tell from the saved state whose it is."""
-        saved = self._journal.load() or self._journal.rebuilt()
+        saved = self._journal.resume()
         if saved is not None:
+            self._actuator.heard([saved.version])
             self.state = self._resumed(saved)
             self.memory = GuardMemory(saved.auto_since_s, saved.trials_at_s, saved.crashed)
         home = self.state.home
@@ -143,6 +147,12 @@ class Hand:
         self.knobs, self.in_force = reading.in_force, found
         self._actuator.adopt(reading.in_force)
         if saved is None or home is None or found not in (home, *saved.ours):
+            if saved is not None and saved.elsewhere and home is not None and self._actuator.signed_by_us:
+                # The one before sent it and was gone before it could say so: a candidate, for all that is known.
+                self._trial = found
+                why = f"version {reading.in_force.version} came after the last record: back to the last safe setting"
+                await self.take_back(home, "RollBack", why)
+                return
             self._rebase(found, f"version {reading.in_force.version} of the board is taken over as the home")
             return
         if saved.pending is not None and found == saved.pending.after:
@@ -156,6 +166,8 @@ class Hand:
 
     async def _adopt_boot(self, reading: Reading, home: Setting | None) -> None:
         """A board without knobs: a new one, or one that lost its memory with all its replicas."""
+        # Gateways outlive it, and refuse what is older than what they have.
+        self._actuator.heard(reading.gateway_versions.values())
         boot = boot_setting(reading.observation.replicas or ())
         if boot is None:
             return
@@ -337,7 +349,12 @@ class Hand:
         doubtful = None if self._doubtful is None else Setting.of(self._doubtful[0])
         ours = tuple(setting for setting in (self.in_force, intended, doubtful) if setting is not None)
         self._journal.save(
-            self.state, ours=ours, trial=self._trial, pending=pending or self._unsettled, guard=self.memory
+            self.state,
+            ours=ours,
+            trial=self._trial,
+            pending=pending or self._unsettled,
+            guard=self.memory,
+            version=self._actuator.version,
         )
 
     def _new_record(
@@ -382,6 +399,7 @@ class Hand:
     def _write(self, record: DecisionRecord) -> None:
         self._journal.append(record)
         self._exporter.decided(record.loop, record.action)
+        self._told(record)
         self._log.info(
             "decision",
             loop=record.loop,

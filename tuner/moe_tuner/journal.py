@@ -42,6 +42,15 @@ class GuardMemory:
     crashed: tuple[Setting, ...] = ()
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a deployment outside of this disk."""
+
+    saved: Saved
+    newer: bool
+    """Another process wrote it after this one's files: they are of an earlier time."""
+
+
 class Saved(Model):
     """The saved state. Times of `state` are on the saving process's monotonic clock, which read `saved_monotonic_s`."""
 
@@ -54,14 +63,19 @@ class Saved(Model):
     auto_since_s: float | None = Field(default=None, description="unix seconds at which mode Auto first began")
     trials_at_s: tuple[float, ...] = Field(default=(), description="unix seconds of live trials of the last day")
     crashed: tuple[Setting, ...] = Field(default=(), description="settings under which an engine died: never again")
+    version: int = Field(default=0, description="highest version that was sent")
+    elsewhere: bool = Field(
+        default=False, description="not from this disk: what its writer sent afterwards is not in it"
+    )
 
 
 class Journal:
     """Owns both files. A disk that fails costs the record, never the loop."""
 
-    def __init__(self, decision_log: str, clock: Clock, log: Log) -> None:
+    def __init__(self, decision_log: str, clock: Clock, log: Log, kept: Kept | None = None) -> None:
         self._path = Path(decision_log)
         self._state_path = self._path.with_name(self._path.name + ".state.json")
+        self._kept = kept
         self._clock = clock
         self._log = log
         self._start = ""
@@ -98,6 +112,7 @@ class Journal:
         trial: Setting | None,
         pending: DecisionRecord | None,
         guard: GuardMemory,
+        version: int = 0,
     ) -> None:
         """Replace the saved state in one step: a reader finds the old one or the new one."""
         saved = Saved(
@@ -110,6 +125,7 @@ class Journal:
             auto_since_s=guard.auto_since_s,
             trials_at_s=guard.trials_at_s,
             crashed=guard.crashed,
+            version=version,
         )
         beside = self._state_path.with_name(self._state_path.name + ".new")
         try:
@@ -132,6 +148,13 @@ class Journal:
                 self.problem = None
         except OSError:
             return
+
+    def resume(self) -> Saved | None:
+        """What a new start goes on from: the newest that is known."""
+        kept = self._kept
+        if kept is not None and kept.newer:
+            return kept.saved
+        return self.load() or self.rebuilt() or (None if kept is None else kept.saved)
 
     def load(self) -> Saved | None:
         """The saved state; None where there is none, or none that can be read."""

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from moe_core.config import KnobBounds, TunerConfig
 from moe_core.log import Log
-from moe_core.setting import ACTIVE_SEQS, CAPACITY, KNOBS, SPILL, Setting, pinned, unknown_pins
+from moe_core.setting import (
+    ACTIVE_SEQS,
+    BATCHED_TOKENS,
+    CAPACITY,
+    DECODE_CAPACITY,
+    KNOBS,
+    OVERFLOW,
+    SHARE_CAP,
+    SPILL,
+    Setting,
+    pinned,
+    unknown_pins,
+)
 from moe_core.wire import Overflow, TuningOrders
 
 HELD_AT = (CAPACITY, ACTIVE_SEQS, SPILL)
 """Knobs that a pin may hold at a value."""
 AT_START = (
-    *("board_url", "gateway_admin_urls", "prometheus_url", "signing_key_file", "storage_url"),
+    *("board_url", "prometheus_url", "signing_key_file", "storage_url"),
     *("storage_password_file", "decision_log"),
 )
 """Fields that need a new start of the deployment's tuner."""
@@ -75,9 +89,11 @@ def effective(config: TunerConfig, orders: TuningOrders | None) -> TunerConfig:
     """The configuration with a person's orders on top: they hold back, and never set free what the resource holds."""
     if orders is None:
         return config
-    pins = tuple(dict.fromkeys((*config.bounds.pinned, *orders.pins)))
-    bounds = config.bounds.model_copy(update={"pinned": pins})
-    return config.model_copy(update={"paused": config.paused or orders.paused, "bounds": bounds})
+    pinned = tuple(dict.fromkeys((*config.bounds.pinned, *orders.pins)))
+    bounds = config.bounds.model_copy(update={"pinned": pinned})
+    valued = {name: value for name, value in orders.pins.items() if value is not None or name not in config.pins}
+    paused = config.paused or orders.paused
+    return config.model_copy(update={"paused": paused, "bounds": bounds, "pins": {**config.pins, **valued}})
 
 
 def check(orders: TuningOrders, config: TunerConfig, current: TuningOrders | None) -> None:
@@ -104,21 +120,35 @@ def check(orders: TuningOrders, config: TunerConfig, current: TuningOrders | Non
             raise OrdersRefused(f"pins.{name}: {value} is no whole number")
 
 
-def held(setting: Setting, orders: TuningOrders | None, bounds: KnobBounds) -> Setting:
+def held(setting: Setting, pins: Mapping[str, Decimal | Overflow | None], bounds: KnobBounds) -> Setting:
     """A setting with every knob that is pinned at a value put there."""
-    for name, value in () if orders is None else orders.pins.items():
-        if value is None:
-            continue
+    values = {name: value for name, value in pins.items() if value is not None}
+    if (policy := values.pop(OVERFLOW, None)) is not None:
+        setting = setting.capped(setting.experts.capacity_factor_prefill, Overflow(str(policy)))
+    experts, engine, fallback = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    for name, text in values.items():
+        value = Decimal(text)
         if name == CAPACITY:
-            overflow = setting.experts.overflow
-            if overflow is Overflow.UNLIMITED and not pinned("experts.overflow", bounds):
-                overflow = Overflow(bounds.overflow)
-            setting = setting.capped(value, overflow)
+            if setting.experts.overflow is Overflow.UNLIMITED and not pinned(OVERFLOW, bounds):
+                experts["overflow"] = Overflow(bounds.overflow)
+            experts["capacity_factor_prefill"] = value
+        elif name == DECODE_CAPACITY:
+            experts["capacity_factor_decode"] = value
         elif name == ACTIVE_SEQS:
-            setting = setting.with_active_seqs(int(value))
+            engine["max_active_seqs"] = int(value)
+        elif name == BATCHED_TOKENS:
+            engine["max_batched_tokens"] = int(value)
         elif name == SPILL:
-            setting = setting.with_miss_probability(float(value))
-    return setting
+            fallback["miss_probability"] = float(value)
+        elif name == SHARE_CAP:
+            fallback["share_cap"] = float(value)
+    return setting.model_copy(
+        update={
+            "experts": setting.experts.model_copy(update=experts),
+            "engine": setting.engine.model_copy(update=engine),
+            "fallback": setting.fallback.model_copy(update=fallback),
+        }
+    )
 
 
 def _range(name: str, bounds: KnobBounds) -> tuple[Decimal, Decimal]:

@@ -90,6 +90,9 @@ class TuningReport(Model):
     knobs: Setting | None = Field(default=None, description="in force; null until the board has answered")
     home: Setting | None = Field(default=None, description="the setting that stands while nothing presses")
     displaced: bool = Field(default=False, description="the knobs are away from home because of a spike or a trial")
+    on_trial: bool = Field(default=False, description="the knobs in force are a candidate that nobody has proven")
+    acknowledged: int = Field(default=0, description="lowest version in force on any rank or gateway")
+    auto_since_s: float | None = Field(default=None, description="unix seconds at which mode Auto first began")
     acks: AckSummary | None = None
     exploring: bool
     exploring_reason: str = Field(description="what the slow loop does now, or why it explores nothing")

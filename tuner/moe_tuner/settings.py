@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_core.config import ConsoleConfig, TunerConfig, TunersConfig, config_hash
+from moe_core.config import ClusterTunerConfig, ConsoleConfig, TunerConfig, TunersConfig, config_hash
 from moe_core.setting import KNOBS, unknown_pins
-from moe_core.signing import describe
+from moe_core.signing import Signer, describe
 
 
 class ConfigRefused(Exception):
@@ -53,6 +53,39 @@ def checked(document: Any, where: str) -> TunerConfig:
         config = TunerConfig.model_validate_json(json.dumps(document))
     except ValidationError as error:
         raise ConfigRefused(f"{where}: {describe(error)}") from None
+    verify(config)
+    return config
+
+
+def load_cluster(path: Path) -> ClusterTunerConfig:
+    """Read and check the configuration of a cluster's tuner. Raises ConfigRefused."""
+    try:
+        config = ClusterTunerConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigRefused(f"--cluster {path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise ConfigRefused(f"--cluster {path}: {describe(error)}") from None
+    if not config.namespace:
+        raise ConfigRefused("namespace: must name the tuner's own namespace, where its Lease lies")
+    doubled = [name for name in config.namespaces if config.namespaces.count(name) > 1 or not name]
+    if doubled:
+        raise ConfigRefused(f"namespaces: {doubled[0]!r} is empty or there twice; name each once, or none for all")
+    load_signer(config.signing_key_file)
+    return config
+
+
+def load_signer(path: str) -> Signer:
+    """The key that signs knobs. Raises ConfigRefused."""
+    try:
+        return Signer.load(Path(path))
+    except OSError as error:
+        raise ConfigRefused(f"signingKeyFile {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigRefused(f"signingKeyFile: {error}") from None
+
+
+def verify(config: TunerConfig) -> None:
+    """Raises ConfigRefused for what its fields do not tell one by one."""
     bounds = config.bounds
     if bounds.capacity_factor_min > bounds.capacity_factor_max:
         raise ConfigRefused("bounds.capacityFactorMin: above bounds.capacityFactorMax; swap them")
@@ -64,7 +97,6 @@ def checked(document: Any, where: str) -> TunerConfig:
     for name, value in (("tickS", config.tick_s), ("windowS", config.window_s)):
         if value <= 0:
             raise ConfigRefused(f"{name}: must be above 0 seconds")
-    return config
 
 
 def _many(path: Path, document: dict[str, Any], digest: str) -> Loaded:

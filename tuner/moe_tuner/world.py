@@ -33,23 +33,21 @@ class Reading:
 class World:
     """The HTTP side of observing."""
 
-    def __init__(
-        self, client: aiohttp.ClientSession, actuator: Actuator, board_url: str, gateway_urls: Iterable[str]
-    ) -> None:
+    def __init__(self, client: aiohttp.ClientSession, actuator: Actuator, board_url: str) -> None:
         self._client = client
         self._actuator = actuator
         self._board = board_url.rstrip("/")
-        self._gateways = tuple(url.rstrip("/") for url in gateway_urls)
 
     async def read(self) -> Reading:
+        urls = self._actuator.gateways
         async with asyncio.TaskGroup() as group:
             replicas_read = group.create_task(self._replicas())
             knobs_read = group.create_task(self._knobs())
-            gateway_reads = [group.create_task(self._gateway(url)) for url in self._gateways]
+            gateway_reads = [group.create_task(self._gateway(url)) for url in urls]
         replicas, in_force = replicas_read.result(), knobs_read.result()
         gateways = [task.result() for task in gateway_reads]
         missing = [what for what in (replicas, in_force, *gateways) if isinstance(what, str)]
-        digests = {u: d for u, d in zip(self._gateways, gateways, strict=True) if isinstance(d, GatewayDigest)}
+        digests = {u: d for u, d in zip(urls, gateways, strict=True) if isinstance(d, GatewayDigest)}
         observation = Observation(
             replicas=None if isinstance(replicas, str) else replicas,
             gateways=tuple(digests.values()) or None,
