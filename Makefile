@@ -42,6 +42,7 @@ check: setup ## formatting, lint, types, layers, generated files: quick
 	$(PY) -m moe_operator.rbac --check manifests/operator/rbac.yaml
 	$(PY) -m moe_operator.chart --check charts/moestack/files
 	$(PY) -m moe_cli.reference --check docs/reference
+	$(PY) -m moe_tuner.rbac --check charts/moestack/files
 
 unit: setup ## tests that need no engine and no control plane, on two cores
 	.venv/bin/pytest -m "not faults and not cluster and not engine and not gpu and not full" -n 2 --dist worksteal
@@ -81,6 +82,7 @@ crd: setup ## write the CRD from the types
 
 chart: setup control-plane ## write what the chart has from the code, and the plain manifest from the chart
 	$(PY) -m moe_operator.chart --write charts/moestack/files
+	$(PY) -m moe_tuner.rbac --write charts/moestack/files
 	$(PY) tools/install.py $$($(PYTHON) tools/controlplane/build.py --where)/bin/helm
 
 reference: setup ## write docs/reference from the types

@@ -32,6 +32,7 @@ EVERYTHING = (
     *("--set", "imagePullSecrets[0].name=pull", "--set", "monitoring.enabled=true"),
     *("--set", "monitoring.labels.team=serving", "--set", "operator.nodeSelector.pool=system"),
     *("--set", "dashboards.enabled=true", "--set", "dashboards.labels.team=serving"),
+    *("--set", "tuner.studies.url=postgresql://u@h/d", "--set", "tuner.studies.passwordSecret.name=studies"),
 )
 CUSTOM = {"PodMonitor", "PrometheusRule"}
 """Kinds that this control plane does not serve."""
@@ -106,6 +107,8 @@ BAD = {
     "a value that is none": ((*IMAGES, "--set", "operator.workrs=2"), "workrs"),
     "no such level": ((*IMAGES, "--set", "operator.logLevel=loud"), "logLevel"),
     "a dashboard that is none": ((*IMAGES, "--set", "dashboards.enable=true"), "enable"),
+    "a tuner without Prometheus": ((*IMAGES, "--set", "tuner.prometheusUrl="), "prometheusUrl"),
+    "studies in another database": ((*IMAGES, "--set", "tuner.studies.url=mysql://u@h/d"), "url"),
     "a digest that is none": ((*IMAGES, "--set", "image.digest=abc"), "digest"),
 }
 
@@ -144,6 +147,21 @@ def test_dashboards_are_shipped_byte_for_byte_where_grafana_looks(control_plane:
         assert each["metadata"]["annotations"] == {"grafana_folder": "LLMs"}
     none = rendered(control_plane, "here", *IMAGES)
     assert not [each for each in none if "-dashboard-" in each["metadata"]["name"]]
+
+
+def test_the_tuner_can_be_left_out_and_reads_no_key_but_its_own(control_plane: ControlPlane) -> None:
+    for values, there in ((EVERYTHING, True), ((*EVERYTHING, "--set", "tuner.enabled=false"), False)):
+        made = rendered(control_plane, "moestack-system", *values)
+        assert (
+            bool([each for each in made if each["metadata"]["name"] in {"moestack-tuner", "moestack-tuner-lease"}])
+            == there
+        )
+    made = rendered(control_plane, "moestack-system", *EVERYTHING)
+    volumes = one(made, "Deployment", "moestack-tuner")["spec"]["template"]["spec"]["volumes"]
+    assert [[item["key"] for item in each["secret"]["items"]] for each in volumes if "secret" in each] == [
+        ["tuner.key"],
+        ["password"],
+    ]
 
 
 def test_the_plain_manifest_is_the_chart(control_plane: ControlPlane) -> None:

@@ -206,15 +206,15 @@ class FakePrometheus:
 
 
 @asynccontextmanager
-async def served(routes: list[web.RouteDef], port: int = 0) -> AsyncIterator[str]:
-    """Serve routes on a free port; yields the base URL."""
+async def served(routes: list[web.RouteDef], port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[str]:
+    """Serve routes, on a free port unless one is named; yields the base URL."""
     app = web.Application()
     app.router.add_routes(routes)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, host, port).start()
+        yield f"http://{host}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 

@@ -12,6 +12,16 @@ app.kubernetes.io/component: operator
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- define "moestack.tunerLabels" -}}
+{{ merge (dict "app.kubernetes.io/component" "tuner") (include "moestack.labels" . | fromYaml) | toYaml }}
+{{- end }}
+
+{{- define "moestack.tunerSelector" -}}
+app.kubernetes.io/name: moestack
+app.kubernetes.io/component: tuner
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{- define "moestack.image" -}}
 {{- $repository := required "image.repository: name the image of operator and gateways (images/README.md says how it is built)" .Values.image.repository -}}
 {{- if .Values.image.digest -}}
@@ -39,6 +49,27 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   "logLevel" .Values.operator.logLevel
 -}}
 {{- if .Values.engineImage }}{{ $_ := set $config "engineImage" .Values.engineImage }}{{ end -}}
+{{ $config | toPrettyJson }}
+{{- end }}
+
+{{- /* The tuner's configuration (moe_core.config.ClusterTunerConfig). */ -}}
+{{- define "moestack.tunerConfig" -}}
+{{- $config := dict
+  "namespaces" .Values.namespaces
+  "namespace" .Release.Namespace
+  "prometheusUrl" .Values.tuner.prometheusUrl
+  "signingKeyFile" "/etc/moestack/keys/tuner.key"
+  "stateDir" "/var/lib/moestack"
+  "qps" .Values.tuner.qps
+  "burst" .Values.tuner.burst
+  "host" "0.0.0.0"
+  "port" 8080
+  "logLevel" .Values.tuner.logLevel
+-}}
+{{- with .Values.tuner.studies }}
+{{- if .url }}{{ $_ := set $config "storageUrl" .url }}{{ end -}}
+{{- if .passwordSecret.name }}{{ $_ := set $config "storagePasswordFile" "/etc/moestack/studies/password" }}{{ end -}}
+{{- end }}
 {{ $config | toPrettyJson }}
 {{- end }}
 
