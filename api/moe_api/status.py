@@ -232,6 +232,7 @@ class TuningStatus(SpecModel):
     knobs: KnobsInForce | None = told("Knobs in force.")
     on_trial: Annotated[bool, Field(strict=True)] = told("The knobs in force are a candidate: unproven.", False)
     safe: KnobsInForce | None = told("Knobs that stand while nothing presses: what a new start returns to.")
+    crashed: Annotated[tuple[KnobsInForce, ...], ListOf(8)] = told("Knobs under which an engine died.", ())
     auto_since: Time | None = told("When mode Auto first began: trials run in the simulator alone for a day from then.")
     acknowledged: Natural = told("Lowest version in force on any rank.", 0)
     replicas: ReplicaBounds | None = told("Bounds of autoscaling asked for.")

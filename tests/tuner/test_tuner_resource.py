@@ -219,6 +219,7 @@ def report(**changes: Any) -> TuningReport:
         budget=Budget(used=0, per_hour=60),
         acknowledged=4,
         auto_since_s=NOW_S,
+        crashed=(setting("1", seqs=64),),
     )
     return base.model_copy(update=changes)
 
@@ -252,6 +253,7 @@ def test_a_record_goes_there_and_back_exactly() -> None:
     assert kept.newer
     assert kept.saved.state.home == setting("2", seqs=16)
     assert kept.saved.ours == (setting("1.25", seqs=8, miss=0.25),)
+    assert kept.saved.crashed == (setting("1", seqs=64),)
     assert (kept.saved.version, kept.saved.trial, kept.saved.auto_since_s) == (4, None, NOW_S)
     own = kept_of(status, writer="one", now_s=NOW_S, now_monotonic_s=5.0)
     assert own is not None
@@ -303,8 +305,10 @@ def test_until_its_tuner_knows_what_is_in_force_what_was_recorded_stays() -> Non
 
 def test_the_record_is_small() -> None:
     long = record(reason="x" * 4000)
-    status = written(report(decisions=(long,), exploring_reason="y" * 4000))
-    assert size_bytes(MoEDeploymentStatus(tuning=status)) < 4096
+    crashed = tuple(setting("1", seqs=seqs) for seqs in range(1, 60))
+    status = written(report(decisions=(long,), exploring_reason="y" * 4000, crashed=crashed))
+    assert [one.engine.max_active_seqs for one in status.crashed] == [*range(52, 60)]
+    assert size_bytes(MoEDeploymentStatus(tuning=status)) < 8192
 
 
 TOLD = {

@@ -145,6 +145,7 @@ class Tuner:
             on_trial=hand.holds_trial,
             acknowledged=min(self._folded.versions, default=0),
             auto_since_s=hand.memory.auto_since_s,
+            crashed=hand.memory.crashed,
             acks=hand.acks,
             exploring=self._exploring,
             exploring_reason=self._closed or self._slow.state.why,

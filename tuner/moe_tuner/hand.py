@@ -27,8 +27,6 @@ from moe_tuner.world import Reading, boot_setting
 REFUSED_S = 60.0
 """After a rank refused a setting, the fast loop makes no further move for this long."""
 OWED_AGAIN_S = 5.0
-DAY_S = 86_400.0
-CRASHED_KEPT = 100
 RETURNS = ("RollBack", "Restore", "Refused")
 COUNTED_BY_POLICY = frozenset(action.value for action in Action)
 
@@ -284,18 +282,14 @@ class Hand:
 
     def trials_today(self) -> int:
         """Live trials of the last 24 hours."""
-        since_s = self._clock.time() - DAY_S
-        return sum(1 for at_s in self.memory.trials_at_s if at_s > since_s)
+        return len(self.memory.trials(self._clock.time()))
 
     def count_trial(self) -> None:
-        since_s = self._clock.time() - DAY_S
-        kept = tuple(at_s for at_s in self.memory.trials_at_s if at_s > since_s)
-        self.memory = replace(self.memory, trials_at_s=(*kept, self._clock.time()))
+        self.memory = self.memory.with_trial(self._clock.time())
 
     def remember_crash(self, setting: Setting) -> None:
         """An engine died under this setting: it is never tried again, whatever becomes of the study."""
-        kept = tuple(known for known in self.memory.crashed if known != setting)
-        self.memory = replace(self.memory, crashed=(*kept, setting)[-CRASHED_KEPT:])
+        self.memory = self.memory.with_crash(setting)
         self.save()
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -23,6 +23,8 @@ from moe_tuner.report import DecisionRecord
 KEPT = 50
 """Records in memory; older ones are read from the file."""
 TAIL_BYTES = 500_000
+DAY_S = 86_400.0
+CRASHED_KEPT = 100
 RECORD_BYTES = 10_000
 """Above the usual length of a line: what is read of the file for one record."""
 
@@ -40,6 +42,17 @@ class GuardMemory:
     auto_since_s: float | None = None
     trials_at_s: tuple[float, ...] = ()
     crashed: tuple[Setting, ...] = ()
+
+    def trials(self, now_s: float) -> tuple[float, ...]:
+        """Live trials of the last 24 hours, in unix seconds."""
+        return tuple(at_s for at_s in self.trials_at_s if at_s > now_s - DAY_S)
+
+    def with_trial(self, now_s: float) -> GuardMemory:
+        return replace(self, trials_at_s=(*self.trials(now_s), now_s))
+
+    def with_crash(self, setting: Setting) -> GuardMemory:
+        kept = tuple(known for known in self.crashed if known != setting)
+        return replace(self, crashed=(*kept, setting)[-CRASHED_KEPT:])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from moe_tuner.report import DecisionRecord, TuningReport
 from moe_tuner.resource import Wanted
 
 SENTENCE, WORD = 1024, 128
+CRASHED_KEPT = 8
+"""In the record, which is small: the newest."""
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
@@ -44,6 +46,7 @@ def status_of(
         knobs=_in_force(report.knobs, report.deployment, version),
         on_trial=report.on_trial,
         safe=_safe(report.home, report.deployment, version),
+        crashed=tuple(_in_force(one, report.deployment, 1) for one in report.crashed[-CRASHED_KEPT:]),
         auto_since=None if report.auto_since_s is None else rfc3339(report.auto_since_s),
         acknowledged=report.acknowledged,
         context=_context(report.signals),
@@ -77,6 +80,7 @@ def kept_of(status: TuningStatus | None, *, writer: str, now_s: float, now_monot
         state=RetuneState(home=_setting(status.safe)),
         ours=() if knobs is None else (knobs,),
         trial=knobs if status.on_trial else None,
+        crashed=tuple(_setting(one) for one in status.crashed),
         auto_since_s=None if since is None else float(since),
         version=0 if status.knobs is None else status.knobs.version,
         elsewhere=True,

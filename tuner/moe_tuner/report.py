@@ -92,6 +92,7 @@ class TuningReport(Model):
     displaced: bool = Field(default=False, description="the knobs are away from home because of a spike or a trial")
     on_trial: bool = Field(default=False, description="the knobs in force are a candidate that nobody has proven")
     acknowledged: int = Field(default=0, description="lowest version in force on any rank or gateway")
+    crashed: tuple[Setting, ...] = Field(default=(), description="an engine died under them: never tried again")
     auto_since_s: float | None = Field(default=None, description="unix seconds at which mode Auto first began")
     acks: AckSummary | None = None
     exploring: bool
