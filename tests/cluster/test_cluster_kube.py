@@ -213,7 +213,7 @@ async def test_events_are_accepted_with_their_series(control_plane, api, namespa
     listed = control_plane.ask("GET", f"/apis/events.k8s.io/v1/namespaces/{namespace}/events").json()["items"]
     event = next(item for item in listed if item["regarding"]["name"] == "subject")
     assert event["series"]["count"] == 3
-    assert event["reportingController"] == "moestack.dev/operator"
+    assert event["reportingController"] == "moestack.dev/test"
     said = control_plane.kubectl("events", "--for", "configmap/subject", "-n", namespace).stdout
     assert "Tried" in said
 
