@@ -78,6 +78,7 @@ def test_on_one_machine_and_in_a_cluster_a_resource_says_the_same() -> None:
         prometheus_url="http://p",
         signing_key=Path("/k"),
         state_dir=Path("/s"),
+        console=None,  # type: ignore[arg-type]
     )
     places = {*AT_START, "gateway_admin_urls"}
     assert config(obj).model_dump(exclude=places) == local.model_dump(exclude=places)
