@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -101,7 +102,8 @@ async def test_another_board_is_another_start_with_the_same_memory(tmp_path: Pat
         other.put(board.applied[-1])
         await r.follow(entry(tmp_path, "a", other_url, gateway_url))
         await until(lambda: bool(other.seq) and r.fleet.summaries()[0].version is not None)
-        status = await r.status()
+        while "home" not in (status := await r.status()):  # noqa: ASYNC110 (another process answers)
+            await asyncio.sleep(0.01)
         assert (status["home"], status["displaced"]) == (home, True)
 
 

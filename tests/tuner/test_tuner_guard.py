@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_core.setting import Setting
@@ -238,6 +238,28 @@ EVENTS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        ({"outside": "arrivals rose"}, "the traffic changed: arrivals rose"),
+        ({"breach": "TTFT"}, "TTFT"),
+        ({"restarted": ("r0",)}, "replica r0 died"),
+        ({"failed": "a rank refused"}, "a rank refused"),
+    ],
+)
+def test_a_candidate_is_handed_back_where_something_happened_while_the_study_was_asked(
+    event: dict[str, object], says: str
+) -> None:
+    run = Run()
+    run.until(Do.ASK)
+    taken = run.tick(**event)
+    assert (taken.do, taken.end, taken.setting) == (Do.FINISH, End.CENSORED, None)
+    assert says in taken.reason
+    assert run.in_force == HOME
+    run.until(Do.APPLY)
+
+
+@example(seed=1747603986, rare=[{"outside": "arrivals rose"}], reads=[measured()])
 @given(seed=st.integers(0, 2**32), rare=st.lists(EVENTS, min_size=1, max_size=6), reads=st.lists(READS, min_size=1))
 @settings(max_examples=25, deadline=None)
 def test_whatever_happens_in_whatever_order(

@@ -284,8 +284,21 @@ def _asked(context: ExploreContext, state: ExploreState) -> Taken:
     predicted = answer.predicted
     if context.simulator_only is not None or (predicted is not None and predicted.refused is not None):
         return _simulated(context, state, answer)
+    hindrance = _hindrance(context)
+    if hindrance is not None:
+        reason = f"trial {answer.number} was not begun: {hindrance}"
+        return _finish_step(End.CENSORED, answer, reason, None), _ended(context, state, reason, fruitless=False)
     begun = state.model_copy(update={"trial": answer, "pairs": (), "spoilt": 0, "first": None, "exposed_until_s": None})
     return _switch(context, begun, candidate_first(context.seed, answer.number, 0))
+
+
+def _hindrance(context: ExploreContext) -> str | None:
+    """What happened while the study was asked, and would end a trial at once."""
+    if context.restarted:
+        return f"replica {context.restarted[0]} died"
+    if context.outside is not None:
+        return f"the traffic changed: {context.outside}"
+    return context.failed or context.breach
 
 
 def _simulated(context: ExploreContext, state: ExploreState, answer: Suggestion) -> Taken:
