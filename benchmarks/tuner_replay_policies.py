@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.tuner_replay_days import DT_S, GAMMAS, UNCAPPED, WINDOW_S, Ints
 from benchmarks.tuner_replay_plant import Plant, percentile
 from moe_core.config import KnobBounds, SloConfig
-from moe_core.retune import Action, RetuneContext, RetuneState, decide
+from moe_core.retune import decide
+from moe_core.retune_state import Action, RetuneContext, RetuneState
 from moe_core.setting import Setting, Signals
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Overflow
 from moe_planner.sim.world import World

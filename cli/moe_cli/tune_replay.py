@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from moe_api.base import Model
 from moe_cli.outcome import Problem, Refusal
 from moe_core import retune
-from moe_core.retune import RetuneContext, RetuneState
+from moe_core.retune_state import RetuneContext, RetuneState
 from moe_core.setting import Setting
 from moe_tuner import explore
 from moe_tuner.explore import Do, ExploreContext, ExploreState

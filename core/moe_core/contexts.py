@@ -6,6 +6,7 @@ A context is a cell of arrival rate, tokens per request and expert skew, each in
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 from pydantic import Field
 
@@ -56,9 +57,19 @@ def foreseen(table: Table, cell: str | None, home: Setting, bounds: KnobBounds) 
     name = cell if cell in table else min(table, key=lambda known: (_apart(cell, known), known))
     if _apart(cell, name) > NEAR:
         return None
-    row = table[name]
-    setting = _inside(row.setting, home, bounds)
+    setting = inside(_no_weaker(table[name].setting, home), home, bounds)
     return None if setting == home else setting
+
+
+def without_capacity(table: Table, factor: Decimal, home: Setting) -> Table:
+    """The table once γ = `factor` has broken quality: rows that cap as hard keep the rest of what relieved them."""
+
+    def kept(row: Row) -> Row:
+        cap = row.setting.prefill_cap
+        lossy = cap is not None and cap <= factor
+        return row.model_copy(update={"setting": row.setting.with_capacity(home)}) if lossy else row
+
+    return {cell: kept(row) for cell, row in table.items()}
 
 
 def relieved(table: Table, cell: str | None, setting: Setting, home: Setting, *, pressed: bool) -> Table:
@@ -81,7 +92,19 @@ def _apart(one: str, other: str) -> float:
     return abs(a[0] - b[0]) / 2 + abs(a[1] - b[1]) + abs(a[2] - b[2])
 
 
-def _inside(setting: Setting, home: Setting, bounds: KnobBounds) -> Setting:
+def _no_weaker(setting: Setting, home: Setting) -> Setting:
+    """The setting with every knob that relieves less than home does as it is at home: home may have settled since."""
+    cap, own = setting.prefill_cap, home.prefill_cap
+    if own is not None and (cap is None or cap > own):
+        setting = setting.with_capacity(home)
+    miss, rest = setting.fallback.miss_probability, home.fallback.miss_probability
+    if miss is not None and rest is not None and miss > rest:
+        setting = setting.with_miss_probability(rest)
+    return setting
+
+
+def inside(setting: Setting, home: Setting, bounds: KnobBounds) -> Setting:
+    """The setting within the bounds, pins as they are at home; home where that leaves no difference."""
     limit, cap, miss = setting.engine.max_active_seqs, setting.prefill_cap, setting.fallback.miss_probability
     if limit is not None:
         setting = setting.with_active_seqs(min(bounds.active_seqs_max, max(bounds.active_seqs_min, limit)))

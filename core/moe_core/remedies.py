@@ -21,7 +21,11 @@ CALM_TTFT, CALM_ITL, CALM_QUEUE = 0.6, 0.8, 0.1
 SLACK_TTFT, SLACK_ITL, SLACK_RUNNING = 0.4, 0.7, 0.6
 SKEW_WORTH = 1.2
 """Rank demand max/mean from which capping experts gains time worth its quality."""
+SKEW_WORTH_LASTING = 1.05
+"""The same where pressure lasts: every step is a little shorter, then, for as long as it does."""
 BALANCED = 1.05
+LEAST_STEP = 1 / 3
+"""Of a step of γ: less changes nothing that can be seen."""
 QUALITY_SPARE = 0.5
 """Capacity is tightened only while lost gate mass is below this share of its limit."""
 LOST_POWER, PRICE_MOST = 1.7, 4.0
@@ -88,9 +92,19 @@ def pressure_of(signals: Signals, slo: SloConfig) -> Pressure:
 
 
 def tighten_capacity(
-    setting: Setting, signals: Signals, bounds: KnobBounds, pressure: Pressure, max_lost_gate_mass: float
+    setting: Setting,
+    signals: Signals,
+    bounds: KnobBounds,
+    pressure: Pressure,
+    max_lost_gate_mass: float,
+    *,
+    lossy: Decimal | None = None,
+    lasting: bool = False,
 ) -> Move | str:
-    """Lower γ a step, so that the busiest rank stops holding up the others. For TTFT only: prefill is what it caps."""
+    """Lower γ a step, so that the busiest rank stops holding up the others. For TTFT only: prefill is what it caps.
+
+    `lossy` is a factor that has cost too much quality; `lasting`, whether the pressure is no spike.
+    """
     current, skew = setting.prefill_cap, signals.rank_demand
     lost = signals.lost_gate_mass or 0.0
     overflow = setting.experts.overflow if pinned(OVERFLOW, bounds) else Overflow(bounds.overflow)
@@ -102,8 +116,9 @@ def tighten_capacity(
         return "capacity factor: TTFT is not in danger"
     if skew is None:
         return "capacity factor: expert load is unknown"
-    if skew < SKEW_WORTH:
-        return f"capacity factor: ranks are balanced (demand max/mean {skew:.2f} < {SKEW_WORTH})"
+    least = SKEW_WORTH_LASTING if lasting else SKEW_WORTH
+    if skew < least:
+        return f"capacity factor: ranks are balanced (demand max/mean {skew:.2f} < {least})"
     if current is not None and signals.rank_assigned is not None and signals.rank_assigned <= BALANCED:
         return f"capacity factor: ranks are level already (assigned max/mean {signals.rank_assigned:.2f})"
     if lost > QUALITY_SPARE * max_lost_gate_mass:
@@ -113,8 +128,10 @@ def tighten_capacity(
     target = _next_factor(current, signals, bounds, spare * max_lost_gate_mass)
     if target is None:
         return f"capacity factor: at {bounds.capacity_factor_max:f} it would cost more gate mass than quality allows"
-    if current is not None and target >= current:
+    if current is not None and float(current - target) < LEAST_STEP * float(_step(bounds)):
         return f"capacity factor: lower than {current.normalize():f} is out of bounds, or costs too much gate mass"
+    if lossy is not None and target <= lossy:
+        return f"capacity factor: {lossy.normalize():f} has cost too much gate mass"
     was = "uncapped" if current is None else f"{current.normalize():f}"
     why = f"γ {was} → {target.normalize():f} ({overflow.value}), because rank demand max/mean is {skew:.2f}"
     return Move(CAPACITY, setting.capped(target, overflow), why)
@@ -140,15 +157,42 @@ def _next_factor(current: Decimal | None, signals: Signals, bounds: KnobBounds, 
     Where the spread of demand is known, quality is foreseen, and corrected by what the present γ is seen to cost.
     Where it is not, the mildest cap comes first, and each step waits for what the last one cost.
     """
-    step = max(GRAIN, (bounds.capacity_factor_max - bounds.capacity_factor_min) / 4)
-    spread, skew, lost = signals.expert_cv, signals.rank_demand or 1.0, signals.lost_gate_mass
-    lowest = bounds.capacity_factor_min if current is None else on_grain(current - step, bounds)
+    spread, skew = signals.expert_cv, signals.rank_demand or 1.0
+    lowest = bounds.capacity_factor_min if current is None else on_grain(current - _step(bounds), bounds)
     if current is None:
         start = bounds.capacity_factor_max if spread is None else Decimal(str(round(skew, 4)))
         lowest = on_grain(start, bounds)
     if spread is None:
         return lowest
-    price = 1.0
+    return _cheapest(current, lowest, signals, bounds, allowed)
+
+
+def loosen_capacity(
+    setting: Setting, home: Setting, signals: Signals, bounds: KnobBounds, allowed: float
+) -> Move | str:
+    """Raise γ to where it would cost no more gate mass than `allowed`, by what the present one is seen to cost; to the
+    capacity of `home` where no factor would do."""
+    current = setting.prefill_cap
+    if current is None or pinned(CAPACITY, bounds):
+        return "capacity factor: not capped, or pinned"
+    low = on_grain(current + _step(bounds) / 3, bounds)
+    target = low if signals.expert_cv is None else _cheapest(current, low, signals, bounds, allowed)
+    to = (
+        setting.with_capacity(home)
+        if target is None or target <= current
+        else setting.capped(target, setting.experts.overflow)
+    )
+    if to == setting:
+        return "capacity factor: no looser one is in bounds"
+    now = "uncapped" if to.prefill_cap is None else f"{to.prefill_cap.normalize():f}"
+    return Move(CAPACITY, to, f"γ {current.normalize():f} → {now}")
+
+
+def _cheapest(
+    current: Decimal | None, lowest: Decimal, signals: Signals, bounds: KnobBounds, allowed: float
+) -> Decimal | None:
+    """The lowest γ from `lowest` on that is foreseen to cost no more than `allowed`; None where none is."""
+    spread, lost, price = signals.expert_cv or 0.0, signals.lost_gate_mass, 1.0
     if current is not None and lost is not None:
         told = foreseen_lost(spread, float(current))
         price = min(PRICE_MOST, max(1.0 / PRICE_MOST, lost / told)) if told > 0 and lost > 0 else 1.0
@@ -158,6 +202,10 @@ def _next_factor(current: Decimal | None, signals: Signals, bounds: KnobBounds, 
             return factor
         factor += GRAIN
     return None
+
+
+def _step(bounds: KnobBounds) -> Decimal:
+    return max(GRAIN, (bounds.capacity_factor_max - bounds.capacity_factor_min) / 4)
 
 
 def _below(z: float) -> float:

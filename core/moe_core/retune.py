@@ -8,118 +8,53 @@ home when the cause has gone. A change that takes risk always leaves one change 
 from __future__ import annotations
 
 import math
-from enum import StrEnum
-from typing import Literal
+from decimal import Decimal
 
-from pydantic import Field
-
-from moe_api.base import Model
-from moe_core.config import KnobBounds, SloConfig
-from moe_core.contexts import Table, cell_of, foreseen, relieved
+from moe_core.contexts import cell_of, foreseen, inside, relieved, without_capacity
 from moe_core.remedies import (
     CALM_QUEUE,
+    QUALITY_SPARE,
     Move,
     Pressure,
     active_seqs,
     foreseen_lost,
+    loosen_capacity,
     pressure_of,
     quality_guard,
     spill,
     tighten_capacity,
 )
-from moe_core.setting import CAPACITY, Setting, Signals
-from moe_core.traffic import TrafficState, causes, outside_change, receded, watch
+from moe_core.retune_state import HOUR_S, UNDO_WAIT_S, Action, RetuneContext, RetuneDecision, RetuneState, budget_left
+from moe_core.setting import CAPACITY, Setting
+from moe_core.settling import STOOD_S, left, needed_s, returned, settled, slack_s, weighed
+from moe_core.traffic import SUDDEN, causes, outside_change, peaks, receded, rises, watch
 
-HOUR_S = 3600.0
 PRESSED_FOR_S = 2.0
 """Pressure with a queue must last this long before a knob moves, unless a detector has seen the traffic rise.
 
 Without a queue it must outlast the window too: a percentile over 10 s remembers one slow request for 10 s."""
 COOL_DOWN_S = 4.0
 """Between two moves: the time in which one shows its effect."""
-UNDO_WAIT_S = 10.0
-"""Calm that must last before knobs go home; doubled each time the pressure comes straight back."""
 UNDO_WAIT_MAX_S = 600.0
 RELAPSE_S = 120.0
 """Pressure that returns within this time of an undo is the same spike."""
-RECURRING_S, RECURRENCES = 900.0, 2
-"""Pressure that returns so soon, so often, while the traffic has not risen, is no spike: see `_settled`."""
-RETURN_S = 4 * HOUR_S
-"""Ample slack that must last (a night) before a settled home gives way to the one that a person or a trial set."""
 GUARD_HOLD_S = 120.0
 """After the quality guard acted, capacity is not tightened for this long."""
 SLACK_FACTOR = 3.0
 """Where no cause in the traffic was seen, ample slack must last this many undo waits instead."""
-
-
-class Action(StrEnum):
-    """What a fast decision does."""
-
-    HOLD = "Hold"
-    MOVE = "Move"
-    UNDO = "Undo"
-    GUARD = "Guard"
-
-
-class RetuneContext(Model):
-    """All that one decision may look at."""
-
-    now_s: float = Field(description="monotonic seconds")
-    signals: Signals
-    setting: Setting = Field(description="knobs in force")
-    slo: SloConfig
-    bounds: KnobBounds
-    max_lost_gate_mass: float = Field(ge=0)
-    changes_per_hour: int = Field(ge=0)
-    mode: Literal["Off", "Recommend", "Auto"] = "Auto"
-    paused: bool = False
-    trial: bool = Field(default=False, description="a candidate of the slow loop is in force")
-
-
-class RetuneState(Model):
-    """What the policy remembers between ticks. `home` is the setting that stands while nothing presses."""
-
-    home: Setting | None = None
-    traffic: TrafficState = TrafficState()
-    cause: dict[str, tuple[float, float]] = Field(
-        default_factory=dict, description="signal → (level before the spike, highest level in it)"
-    )
-    pressed_since_s: float | None = None
-    calm_since_s: float | None = None
-    slack_since_s: float | None = None
-    moved_at_s: float | None = None
-    undone_at_s: float | None = None
-    undo_wait_s: float = UNDO_WAIT_S
-    guard_until_s: float | None = None
-    too_many_seqs: int | None = Field(
-        default=None, description="maxActiveSeqs that cost the ITL objective in this spike"
-    )
-    changes_at_s: tuple[float, ...] = Field(default=(), description="changes of the last hour, oldest first")
-    table: Table = Field(default_factory=dict, description="which knobs relieved which traffic")
-    cell: str | None = Field(default=None, description="context of the spike that knobs are away from home for")
-    met: bool = Field(default=False, description="the spike was met from the table, and nothing has pressed since")
-    recurred: int = Field(default=0, description="times that pressure came back without a rise of the traffic")
-    origin: Setting | None = Field(default=None, description="home before the policy settled on another threshold")
-    capped_at_s: float | None = Field(default=None, description="when capacity was moved last")
-
-
-class RetuneDecision(Model):
-    """The policy's answer. `setting` is None where nothing changes."""
-
-    action: Action
-    reason: str
-    setting: Setting | None = None
-    changed: tuple[str, ...] = ()
-    spike: bool = Field(default=False, description="no exploration now")
-    outside: str | None = Field(default=None, description="a change of the traffic itself: it censors a trial")
-    breach: str | None = Field(default=None, description="SLO or quality broken now: it fails a trial")
+GUARD_SURE, GUARD_AFTER_S = 1.5, 2.0
+"""Lost gate mass beyond its bound by this factor is acted on at once, less than that once it has lasted."""
+SPENT_S, QUALITY_AIM = 30.0, 0.35
+"""Seconds for which a young γ may cost most of what quality allows, and the share of it that is aimed at then."""
+LOSSY_S = 24 * 3600.0
+"""A γ under which quality broke is not put in force again for a day."""
 
 
 def decide(context: RetuneContext, state: RetuneState) -> tuple[RetuneDecision, RetuneState]:
     """One tick. Deterministic; never raises for missing signals, never leaves the bounds, never moves a pinned knob."""
     pressure = pressure_of(context.signals, context.slo)
-    state = _remember(context, state, pressure)
-    decision, state = _choose(context, state, pressure)
+    state, risen = _remember(context, state, pressure)
+    decision, state = _choose(context, state, pressure, risen)
     outside = outside_change(context.signals, state.traffic)
     breach = _breach(context, state, pressure)
     displaced = not context.trial and context.setting != state.home
@@ -127,62 +62,39 @@ def decide(context: RetuneContext, state: RetuneState) -> tuple[RetuneDecision, 
     return decision.model_copy(update={"spike": spike, "outside": outside, "breach": breach}), state
 
 
-def budget_left(state: RetuneState, now_s: float, changes_per_hour: int) -> int:
-    """Changes that are still allowed within the hour that ends now."""
-    return changes_per_hour - sum(1 for at_s in state.changes_at_s if at_s > now_s - HOUR_S)
-
-
-def spend(state: RetuneState, now_s: float) -> RetuneState:
-    """Count a change made by somebody else (the slow loop) against the same budget."""
-    return state.model_copy(update={"changes_at_s": (*state.changes_at_s, now_s)})
-
-
-def rebase(state: RetuneState, home: Setting) -> RetuneState:
-    """Make another setting the home: a promoted candidate, or knobs that a person set."""
-    return state.model_copy(
-        update={"home": home, "cause": {}, "table": {}, "cell": None, "met": False, "recurred": 0, "origin": None}
-    )
-
-
-def resume(state: RetuneState, *, saved_at_s: float, elapsed_s: float, now_s: float) -> RetuneState:
-    """A state that another process saved at its `saved_at_s`, `elapsed_s` ago, on this process's clock (`now_s`).
-
-    Home, budget, the context table and the patience learned from flapping survive; traffic is watched anew.
-    """
-    shift = now_s - max(0.0, elapsed_s) - saved_at_s
-    return RetuneState(
-        home=state.home,
-        undo_wait_s=state.undo_wait_s,
-        changes_at_s=tuple(at_s + shift for at_s in state.changes_at_s),
-        table=state.table,
-        origin=state.origin,
-    )
-
-
-def _remember(context: RetuneContext, state: RetuneState, pressure: Pressure) -> RetuneState:
-    now_s = context.now_s
+def _remember(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneState, frozenset[str]]:
+    """The state with this tick in it, and what of the traffic has risen."""
+    now_s, signals = context.now_s, context.signals
     # A pinned knob is a person's: whatever it is now is its home, or pinning one in a spike would end in a false undo.
     home = (state.home or context.setting).keeping_pins(context.setting, context.bounds)
     displaced = context.setting != home and not context.trial
-    traffic = watch(context.signals, state.traffic)
-    cause = state.cause
-    if displaced:
-        levels = traffic.levels(context.signals)
-        cause = {name: (before, max(peak, levels.get(name, peak))) for name, (before, peak) in cause.items()}
-    return state.model_copy(
+    traffic = watch(signals, state.traffic)
+    risen = rises(signals, traffic)
+    lost = signals.lost_gate_mass
+    breached = lost is not None and lost > context.max_lost_gate_mass
+    spent = lost is not None and lost > QUALITY_SPARE * context.max_lost_gate_mass
+    lossy = state.lossy_at_s is None or now_s - state.lossy_at_s < LOSSY_S
+    state = state.model_copy(
         update={
             "home": home,
             "traffic": traffic,
-            "cause": cause,
+            "cause": peaks(state.cause, signals, traffic) if displaced else state.cause,
             "pressed_since_s": _since(state.pressed_since_s, pressure.pressed, now_s),
             "calm_since_s": _since(state.calm_since_s, pressure.calm, now_s),
             "slack_since_s": _since(state.slack_since_s, pressure.slack, now_s),
+            "breached_since_s": _since(state.breached_since_s, breached, now_s),
+            "spent_since_s": _since(state.spent_since_s, spent, now_s),
             "changes_at_s": tuple(at_s for at_s in state.changes_at_s if at_s > now_s - HOUR_S),
+            "lossy_factor": state.lossy_factor if lossy else None,
         }
     )
+    explained = bool(risen) or displaced or context.trial or signals.api_failing
+    return weighed(state, now_s, pressure, explained=explained), risen
 
 
-def _choose(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState]:
+def _choose(
+    context: RetuneContext, state: RetuneState, pressure: Pressure, risen: frozenset[str]
+) -> tuple[RetuneDecision, RetuneState]:
     if context.mode == "Off":
         return _hold("mode is Off: nothing is tuned"), state
     if context.paused:
@@ -192,17 +104,20 @@ def _choose(context: RetuneContext, state: RetuneState, pressure: Pressure) -> t
     guarded = _guard(context, state)
     if guarded is not None:
         return guarded
-    met = _meet(context, state, pressure)
+    displaced = context.setting != state.home
+    met = None if displaced else _meet(context, state, pressure, risen)
     if met is not None:
         return met
-    if pressure.pressed:
-        return _relieve(context, state, pressure)
-    if context.setting != state.home:
+    if pressure.pressed and (displaced or risen or context.signals.api_failing):
+        return _relieve(context, state, pressure, risen)
+    if displaced:
         return _go_home(context, state, pressure)
     if state.origin is not None:
-        returned = _return(context, state, state.origin)
-        if returned is not None:
-            return returned
+        eased = _ease(context, state, state.origin) or _return(context, state, state.origin)
+        if eased is not None:
+            return eased
+    if pressure.pressed:
+        return _settle(context, state, pressure)
     return _hold(f"nothing presses: {pressure.text}"), state
 
 
@@ -215,22 +130,32 @@ def _guard(context: RetuneContext, state: RetuneState) -> tuple[RetuneDecision, 
     if just_acted:
         return _hold("the quality guard has just acted: its effect is not in the signals yet"), state
     why = f"lost gate mass per token {lost:.4f} > {context.max_lost_gate_mass:g}"
+    lasting_s = now_s - (now_s if state.breached_since_s is None else state.breached_since_s)
+    if lost <= GUARD_SURE * context.max_lost_gate_mass and lasting_s < GUARD_AFTER_S:
+        return _hold(f"{why}, for {lasting_s:.0f} s: not yet {GUARD_AFTER_S:g} s"), state
     move = quality_guard(context.setting, home, context.bounds)
     if isinstance(move, str):
         return _hold(f"{why}, but {move}"), state
     if budget_left(state, now_s, context.changes_per_hour) < 1:
         return _hold(f"{why}, but the budget of {context.changes_per_hour} changes an hour is spent"), state
     state = _changed(context, state).model_copy(update={"guard_until_s": now_s + GUARD_HOLD_S})
+    cap = context.setting.prefill_cap
+    if cap is not None and context.mode == "Auto":
+        lossy = cap if state.lossy_factor is None else max(cap, state.lossy_factor)
+        kept = without_capacity(state.table, lossy, move.setting)
+        state = state.model_copy(update={"lossy_factor": lossy, "lossy_at_s": now_s, "table": kept})
     if home.prefill_cap is not None and context.mode == "Auto":
         # The home itself may be what breaks quality: going back to it would only start the breach again.
         state = state.model_copy(update={"home": home.with_capacity(move.setting)})
     return _decision(context, state, Action.GUARD, f"{why}: {move.why}", to=move.setting, changed=(move.knob,)), state
 
 
-def _meet(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState] | None:
+def _meet(
+    context: RetuneContext, state: RetuneState, pressure: Pressure, risen: frozenset[str]
+) -> tuple[RetuneDecision, RetuneState] | None:
     """Feed-forward: as the traffic rises into a context that was relieved before, put in force what relieved it."""
     home, now_s = state.home or context.setting, context.now_s
-    if context.setting != home or not (state.traffic.rising or pressure.pressed):
+    if not (risen if pressure.pressed else risen & SUDDEN):
         return None
     if not pressure.pressed and state.undone_at_s is not None and now_s - state.undone_at_s < RELAPSE_S:
         return None  # the rise that has just been undone
@@ -239,7 +164,7 @@ def _meet(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tup
     if setting is None or budget_left(state, now_s, context.changes_per_hour) < 2:
         return None
     held = state.guard_until_s is not None and now_s < state.guard_until_s
-    if held or not _keeps_quality(context, setting):
+    if held or not _keeps_quality(context, setting, state.lossy_factor):
         setting = setting.with_capacity(home)
     if not context.signals.can_spill or context.signals.api_failing:
         setting = setting.with_miss_probability(home.fallback.miss_probability)
@@ -251,16 +176,20 @@ def _meet(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tup
     return _decision(context, state, Action.MOVE, reason, to=setting, changed=changed), state
 
 
-def _keeps_quality(context: RetuneContext, setting: Setting) -> bool:
+def _keeps_quality(context: RetuneContext, setting: Setting, lossy: Decimal | None) -> bool:
     cap, spread = setting.prefill_cap, context.signals.expert_cv
+    if cap is not None and lossy is not None and cap <= lossy:
+        return False
     return cap is None or spread is None or foreseen_lost(spread, float(cap)) <= context.max_lost_gate_mass
 
 
-def _relieve(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState]:
+def _relieve(
+    context: RetuneContext, state: RetuneState, pressure: Pressure, risen: frozenset[str]
+) -> tuple[RetuneDecision, RetuneState]:
     now_s = context.now_s
     since_s = now_s if state.pressed_since_s is None else state.pressed_since_s
     needed_s = _needed_s(context, pressure)
-    if now_s - since_s < needed_s and not state.traffic.rising:
+    if now_s - since_s < needed_s and not risen & SUDDEN:
         return _hold(f"pressed for {now_s - since_s:.0f} s, not yet {needed_s:g} s: {pressure.text}"), state
     if state.moved_at_s is not None and now_s - state.moved_at_s < COOL_DOWN_S:
         return _hold(f"waiting {COOL_DOWN_S:g} s for the last change to show: {pressure.text}"), state
@@ -273,16 +202,13 @@ def _relieve(context: RetuneContext, state: RetuneState, pressure: Pressure) -> 
     if context.setting == state.home:
         state = _begin_spike(context, state)
     reason = f"{pressure.text}: {'; '.join(move.why for move in moves)}"
-    update: dict[str, object] = {"too_many_seqs": _too_many(context, state, setting), "met": False}
-    if context.mode == "Auto" and any(move.knob == CAPACITY for move in moves):
-        update["capped_at_s"] = now_s
-    state = _changed(context, state).model_copy(update=update)
+    state = _changed(context, _moved(context, state, setting, moves)).model_copy(update={"met": False})
     changed = tuple(move.knob for move in moves)
     return _decision(context, state, Action.MOVE, reason, to=setting, changed=changed), state
 
 
 def _remedies(
-    context: RetuneContext, state: RetuneState, pressure: Pressure
+    context: RetuneContext, state: RetuneState, pressure: Pressure, *, lasting: bool = False
 ) -> tuple[Setting, tuple[Move, ...], tuple[str, ...]]:
     """Every remedy that helps now, in the order of price; spill only where the cheaper ones do not suffice."""
     signals, bounds = context.signals, context.bounds
@@ -302,7 +228,8 @@ def _remedies(
     elif state.capped_at_s is not None and context.now_s - state.capped_at_s < signals.lag_s:
         refusals.append("capacity factor: what the last step cost is not in the signals yet")
     else:
-        take(tighten_capacity(setting, signals, bounds, pressure, context.max_lost_gate_mass))
+        most, lossy = context.max_lost_gate_mass, state.lossy_factor
+        take(tighten_capacity(setting, signals, bounds, pressure, most, lossy=lossy, lasting=lasting))
     take(active_seqs(setting, signals, bounds, pressure, too_many=state.too_many_seqs))
     take(spill(setting, signals, bounds, pressure, cheaper_left=bool(moves)))
     return setting, tuple(moves), tuple(refusals)
@@ -311,22 +238,17 @@ def _remedies(
 def _go_home(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState]:
     home, now_s = state.home or context.setting, context.now_s
     calm_s = 0.0 if state.calm_since_s is None else now_s - state.calm_since_s
-    slack_s = 0.0 if state.slack_since_s is None else now_s - state.slack_since_s
+    ample_s = slack_s(state, now_s)
     levels = state.traffic.levels(context.signals)
     gone = receded(state.cause, levels)
     by_cause = gone is not None and calm_s >= state.undo_wait_s
-    by_slack = slack_s >= SLACK_FACTOR * state.undo_wait_s
+    by_slack = ample_s >= SLACK_FACTOR * state.undo_wait_s
     if not by_cause and not by_slack:
         waits = "its cause is still there" if gone is None else f"calm for {calm_s:.0f} of {state.undo_wait_s:.0f} s"
         return _hold(f"knobs stay away from home: {waits}: {pressure.text}"), state
     if budget_left(state, now_s, context.changes_per_hour) < 1:
         return _hold(f"the budget of {context.changes_per_hour} changes an hour is spent: undoing waits"), state
-    if state.recurred >= RECURRENCES:
-        state = _settled(state, context.setting)
-        home = state.home or home
-        if home == context.setting:
-            return _hold(f"pressure keeps coming back in the same traffic: {home.text()} is home now"), state
-    why = f"{gone}, calm for {calm_s:.0f} s" if gone is not None and by_cause else f"ample slack for {slack_s:.0f} s"
+    why = f"{gone}, calm for {calm_s:.0f} s" if gone is not None and by_cause else f"ample slack for {ample_s:.0f} s"
     changed = home.differences(context.setting)
     learned = relieved(state.table, state.cell, context.setting, home, pressed=not state.met)
     over = {"undone_at_s": now_s, "cause": {}, "too_many_seqs": None, "table": learned, "cell": None, "met": False}
@@ -334,39 +256,97 @@ def _go_home(context: RetuneContext, state: RetuneState, pressure: Pressure) -> 
     return _decision(context, state, Action.UNDO, f"{why}: back to {home.text()}", to=home, changed=changed), state
 
 
-def _settled(state: RetuneState, setting: Setting) -> RetuneState:
-    """Make the spill threshold that relieves a pressure which always comes back part of the home.
+def _settle(context: RetuneContext, state: RetuneState, pressure: Pressure) -> tuple[RetuneDecision, RetuneState]:
+    """Pressure that no rise explains: once it has lasted, one step of relief, which is home from then on."""
+    now_s, lasting_s, enough_s = context.now_s, state.lasting_s, needed_s(state, context.now_s)
+    if lasting_s < enough_s:
+        return _hold(f"pressed for {lasting_s:.0f} of {enough_s:g} s, the traffic as ever: {pressure.text}"), state
+    if budget_left(state, now_s, context.changes_per_hour) < 2:
+        limit = f"the budget of {context.changes_per_hour} changes an hour leaves none to spare"
+        return _hold(f"{limit} (one is kept for undoing): {pressure.text}"), state
+    relief = left(state, now_s)
+    if relief is not None:
+        again = _again(context, state, relief)
+        if again is not None:
+            return again
+    setting, moves, refusals = _remedies(context, state, pressure, lasting=True)
+    if not moves:
+        state = state.model_copy(update={"lasting_s": 0.0})
+        return _hold(f"{pressure.text}, and nothing left to move: {'; '.join(refusals)}"), state
+    reason = f"{pressure.text}, {lasting_s:.0f} s of it in the same traffic: {'; '.join(move.why for move in moves)}"
+    state = _changed(context, _moved(context, state, setting, moves))
+    state = settled(state, setting, now_s) if context.mode == "Auto" else state
+    changed = tuple(move.knob for move in moves)
+    return _decision(context, state, Action.SETTLE, f"{reason}: home now", to=setting, changed=changed), state
 
-    Undoing it again and again would be oscillation. Only money is settled on: capacity and batch size go home.
-    """
-    home = state.home or setting
-    settled = home.with_miss_probability(setting.fallback.miss_probability)
-    return state.model_copy(update={"home": settled, "origin": state.origin or home, "recurred": 0})
+
+def _again(context: RetuneContext, state: RetuneState, relief: Setting) -> tuple[RetuneDecision, RetuneState] | None:
+    """Back to the settled home that was left too soon, in one change; None where it may not be in force as it was."""
+    to = inside(relief, context.setting, context.bounds)
+    changed = to.differences(context.setting)
+    if not changed or not _keeps_quality(context, to, state.lossy_factor):
+        return None
+    if to.fallback != context.setting.fallback and (not context.signals.can_spill or context.signals.api_failing):
+        return None
+    state = _changed(context, state)
+    state = settled(state, to, context.now_s) if context.mode == "Auto" else state
+    reason = f"pressure came back within an hour of leaving {to.text()}: home again"
+    return _decision(context, state, Action.SETTLE, reason, to=to, changed=changed), state
+
+
+def _ease(context: RetuneContext, state: RetuneState, origin: Setting) -> tuple[RetuneDecision, RetuneState] | None:
+    """A settled γ that costs most of what quality allows leaves too little for other topics: it is loosened while it
+    is young, and not left to the guard of some later day."""
+    now_s, since_s, cap = context.now_s, state.spent_since_s, context.setting.prefill_cap
+    young = state.capped_at_s is not None and now_s - state.capped_at_s < STOOD_S
+    if cap is None or origin.prefill_cap == cap or not young:
+        return None
+    if since_s is None or now_s - since_s < SPENT_S or budget_left(state, now_s, context.changes_per_hour) < 2:
+        return None
+    allowed = QUALITY_AIM * context.max_lost_gate_mass
+    move = loosen_capacity(context.setting, origin, context.signals, context.bounds, allowed)
+    if isinstance(move, str):
+        return None
+    state = _changed(context, state)
+    if context.mode == "Auto":
+        lossy = {"lossy_factor": cap, "lossy_at_s": now_s, "capped_at_s": now_s, "spent_since_s": None}
+        state = settled(state, move.setting, now_s).model_copy(update=lossy)
+    reason = f"{context.signals.lost_gate_mass:.4f} of gate mass lost is most of {context.max_lost_gate_mass:g}"
+    changed = (move.knob,)
+    return _decision(context, state, Action.SETTLE, f"{reason}: {move.why}", to=move.setting, changed=changed), state
 
 
 def _return(context: RetuneContext, state: RetuneState, origin: Setting) -> tuple[RetuneDecision, RetuneState] | None:
     """From a settled home back to the one before it, once there has been ample slack for long."""
-    slack_s = 0.0 if state.slack_since_s is None else context.now_s - state.slack_since_s
-    if slack_s < RETURN_S or budget_left(state, context.now_s, context.changes_per_hour) < 1:
+    now_s = context.now_s
+    ample_s = slack_s(state, now_s)
+    if ample_s < state.return_wait_s or budget_left(state, now_s, context.changes_per_hour) < 1:
         return None
     home = origin.keeping_pins(context.setting, context.bounds)
     changed = home.differences(context.setting)
-    state = state.model_copy(update={"home": home, "origin": None})
+    if context.mode == "Auto" or not changed:
+        state = returned(state, home, now_s)
     if not changed:
-        return _hold("the settled threshold is pinned, or is what it was before"), state
+        return _hold("the settled knobs are pinned, or are what they were before"), state
     state = _changed(context, state)
-    reason = f"ample slack for {slack_s:.0f} s: back to {home.text()}, which was home before"
+    reason = f"ample slack for {ample_s:.0f} s: back to {home.text()}, which was home before"
     return _decision(context, state, Action.UNDO, reason, to=home, changed=changed), state
 
 
 def _begin_spike(context: RetuneContext, state: RetuneState) -> RetuneState:
     since_s = math.inf if state.undone_at_s is None else context.now_s - state.undone_at_s
     relapsed = since_s < RELAPSE_S + state.undo_wait_s
-    recurred = 0 if since_s > RECURRING_S or state.traffic.rising else state.recurred + 1
     wait_s = min(UNDO_WAIT_MAX_S, 2 * state.undo_wait_s) if relapsed else UNDO_WAIT_S
     cause = causes(context.signals, state.traffic)
     cell = cell_of(context.signals)
-    return state.model_copy(update={"undo_wait_s": wait_s, "cause": cause, "cell": cell, "recurred": recurred})
+    return state.model_copy(update={"undo_wait_s": wait_s, "cause": cause, "cell": cell})
+
+
+def _moved(context: RetuneContext, state: RetuneState, to: Setting, moves: tuple[Move, ...]) -> RetuneState:
+    update: dict[str, object] = {"too_many_seqs": _too_many(context, state, to)}
+    if context.mode == "Auto" and any(move.knob == CAPACITY for move in moves):
+        update["capped_at_s"] = context.now_s
+    return state.model_copy(update=update)
 
 
 def _too_many(context: RetuneContext, state: RetuneState, to: Setting) -> int | None:

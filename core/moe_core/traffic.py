@@ -15,8 +15,16 @@ from moe_core.setting import Signals
 
 RATE, PROMPT, OUTPUT, SKEW = "arrivals/s", "prompt tokens", "output tokens", "rank demand max/mean"
 UNITS = (RATE, PROMPT, OUTPUT, SKEW)
-CAUSE_RATIO = 1.5
-"""A level that rose by less than this may be noise, and is no cause of a spike."""
+RISE = {RATE: 1.5, PROMPT: 2.0, OUTPUT: 2.0, SKEW: 1.5}
+"""A level that rose by less than this may be noise, and is no cause of a spike. Lengths have heavy tails: the mean of a
+hundred requests is half as large again by chance, some times a day."""
+SURGE = 4.0
+"""Standard deviations of one sample that are a rise of the rate at once, before the CUSUM's alarm (Lucas, J. Quality
+Technology, 1982: a Shewhart limit beside a CUSUM)."""
+REPLICAS, REPLICAS_ADOPT = "replicas away", 600
+"""Fewer replicas than usual is a cause, too; once it has lasted so many ticks, it is what is usual."""
+SUDDEN = frozenset({RATE, REPLICAS})
+"""What is known as it happens; lengths and skew are known once requests have been served."""
 SKEW_EXCESS_FLOOR = 0.1
 """Skew is watched as its excess over 1; below this, ranks are as good as balanced."""
 LENGTH_SPREAD = 1.0
@@ -25,13 +33,11 @@ SKEW_NOISE = 0.25
 
 
 class TrafficState(Model):
-    """One detector for each property of the traffic, fed with logarithms."""
+    """One detector for each property of the traffic, fed with logarithms, and how many replicas share it as a rule."""
 
     detectors: dict[str, Detector] = Field(default_factory=lambda: {name: Detector() for name in UNITS})
-
-    @property
-    def rising(self) -> bool:
-        return any(detector.changed > 0 for detector in self.detectors.values())
+    replicas: int | None = None
+    fewer_for: int = 0
 
     def levels(self, signals: Signals) -> dict[str, float]:
         """Present level of each property that is known."""
@@ -40,20 +46,32 @@ class TrafficState(Model):
 
 def watch(signals: Signals, state: TrafficState) -> TrafficState:
     """Feed every known property to its detector."""
-    levels = _levels(signals)
+    levels, noises = _levels(signals), _noises(signals)
     detectors = dict(state.detectors)
-    requests = (levels[RATE] or 0.0) * signals.window_s
-    finished = (signals.completed_per_s or 0.0) * signals.window_s
-    noises = {
-        RATE: 1.0 / math.sqrt(max(1.0, requests)),
-        PROMPT: LENGTH_SPREAD / math.sqrt(max(1.0, finished)),
-        OUTPUT: LENGTH_SPREAD / math.sqrt(max(1.0, finished)),
-        SKEW: SKEW_NOISE,
-    }
     for name, level in levels.items():
         if level is not None:
             detectors[name] = update(detectors[name], _log(name, level, signals), noises[name])
-    return TrafficState(detectors=detectors)
+    usual, now = state.replicas, signals.replicas
+    fewer_for = state.fewer_for + 1 if usual is not None and now is not None and now < usual else 0
+    if now is None:
+        now, fewer_for = usual, state.fewer_for
+    elif fewer_for and fewer_for < REPLICAS_ADOPT:
+        now = usual
+    return TrafficState(detectors=detectors, replicas=now, fewer_for=0 if fewer_for >= REPLICAS_ADOPT else fewer_for)
+
+
+def rises(signals: Signals, state: TrafficState) -> frozenset[str]:
+    """What has risen beyond noise: seen by its detector, or at once, and by as much as a cause must have."""
+    risen, noises = set[str](), _noises(signals)
+    for name, level in state.levels(signals).items():
+        detector = state.detectors[name]
+        if not detector.warm or _weight(name, level) < RISE[name] * _weight(name, _before(name, detector, signals)):
+            continue
+        spread = max(noises[name], math.sqrt(detector.variance), 1e-6)
+        surged = name == RATE and _log(name, level, signals) - detector.mean >= SURGE * spread
+        if surged or detector.changed > 0:
+            risen.add(name)
+    return frozenset({*risen, REPLICAS} if state.fewer_for else risen)
 
 
 def outside_change(signals: Signals, state: TrafficState) -> str | None:
@@ -70,11 +88,22 @@ def outside_change(signals: Signals, state: TrafficState) -> str | None:
 
 
 def causes(signals: Signals, state: TrafficState) -> dict[str, tuple[float, float]]:
-    """Signal → (level before, level now), for every property whose normal level is known."""
+    """Signal → (level before, level now), for every property whose normal level is known; what has not risen is as it
+    was before, or noise would make it a cause."""
+    risen = rises(signals, state)
+    levels = state.levels(signals)
+    before = {name: _before(name, state.detectors[name], signals) for name in levels if state.detectors[name].warm}
+    return {name: (level, levels[name] if name in risen else level) for name, level in before.items()}
+
+
+def peaks(
+    cause: dict[str, tuple[float, float]], signals: Signals, state: TrafficState
+) -> dict[str, tuple[float, float]]:
+    """The same with the highest level since, of what is risen now."""
+    risen, levels = rises(signals, state), state.levels(signals)
     return {
-        name: (_before(name, state.detectors[name], signals), level)
-        for name, level in state.levels(signals).items()
-        if state.detectors[name].warm
+        name: (before, max(peak, levels[name]) if name in risen and name in levels else peak)
+        for name, (before, peak) in cause.items()
     }
 
 
@@ -84,7 +113,7 @@ def receded(cause: dict[str, tuple[float, float]], levels: dict[str, float]) -> 
     Where nothing had risen, or a level is unknown now, nothing can be said to have gone.
     """
     risen = {
-        name: pair for name, pair in cause.items() if _weight(name, pair[1]) > CAUSE_RATIO * _weight(name, pair[0])
+        name: pair for name, pair in cause.items() if _weight(name, pair[1]) >= RISE[name] * _weight(name, pair[0])
     }
     if not risen:
         return None
@@ -107,6 +136,14 @@ def _levels(signals: Signals) -> dict[str, float | None]:
         OUTPUT: signals.output_tokens,
         SKEW: None if skew is None else max(1.0, skew),
     }
+
+
+def _noises(signals: Signals) -> dict[str, float]:
+    """Standard deviation of each property's logarithm in steady traffic."""
+    requests = (signals.arrivals_per_s or 0.0) * signals.window_s
+    finished = (signals.completed_per_s or 0.0) * signals.window_s
+    length = LENGTH_SPREAD / math.sqrt(max(1.0, finished))
+    return {RATE: 1.0 / math.sqrt(max(1.0, requests)), PROMPT: length, OUTPUT: length, SKEW: SKEW_NOISE}
 
 
 def _weight(name: str, level: float) -> float:

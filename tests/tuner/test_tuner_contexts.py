@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from moe_core.contexts import MOST_ROWS, Row, Table, cell_of, foreseen, relieved
 from moe_core.remedies import foreseen_lost
-from moe_core.retune import RETURN_S, Action, RetuneState, decide, resume
+from moe_core.retune import decide
+from moe_core.retune_state import RETURN_WAIT_S, Action, RetuneState, resume
 from moe_core.setting import CAPACITY, Signals
+from moe_core.settling import RETURN_WAIT_AGAIN_S
 from tests.tuner.tuner_world import BOUNDS, Plant, Traffic, context, run, setting, signals
 
 QUIET = [Traffic()] * 150
@@ -124,17 +126,21 @@ def test_pressure_that_keeps_coming_back_in_the_same_traffic_ends_in_a_home_that
     assert changed[-1][0] < 3600, "and then an hour without a change"
 
 
-def test_a_settled_home_gives_way_to_the_old_one_after_long_slack() -> None:
+def test_a_settled_home_gives_way_to_the_old_one_after_slack_and_waits_for_hours_where_that_was_wrong() -> None:
     state = RetuneState(home=setting(miss=0.35), origin=setting())
-    calm, in_force = signals(running=1), setting(miss=0.35)
-    undone = []
-    for now in range(0, 6 * 3600, 10):
-        decision, state = decide(context(float(now), calm, in_force), state)
+    late = signals(ttft_p95_s=0.79, waiting=2, running=9, local_per_s=5.0)
+    in_force, changed = setting(miss=0.35), list[tuple[int, Action]]()
+    for now in range(0, 6 * 3600, 5):
+        relief = in_force.fallback.miss_probability is not None
+        read = signals(running=1) if relief or now > 3 * 3600 else late
+        decision, state = decide(context(float(now), read, in_force), state)
         if decision.setting is not None:
-            undone.append((now, decision.action))
+            changed.append((now, decision.action))
             in_force = decision.setting
-    assert [action for _, action in undone] == [Action.UNDO]
-    assert undone[0][0] >= RETURN_S
+    assert [action for _, action in changed] == [Action.UNDO, Action.SETTLE, Action.UNDO]
+    assert changed[0][0] == RETURN_WAIT_S
+    assert changed[1][0] < RETURN_WAIT_S + 60
+    assert changed[2][0] >= changed[1][0] + RETURN_WAIT_AGAIN_S
     assert in_force == setting()
     assert state.origin is None
 
@@ -151,7 +157,7 @@ def test_a_higher_factor_loses_less_and_more_skew_loses_more(spread: float, fact
 
 def test_capacity_is_never_put_where_it_is_foreseen_to_break_quality() -> None:
     bounds = BOUNDS.model_copy(update={"capacity_factor_max": Decimal(4)})
-    state = RetuneState(home=setting(), pressed_since_s=0.0)
+    state = RetuneState(home=setting(), lasting_s=30.0)
     for spread in (0.1, 0.3, 0.6, 1.0, 1.5, 2.5):
         hot = signals(ttft_p95_s=1.0, waiting=4, rank_demand=1.6, expert_cv=spread)
         decision, _ = decide(context(5.0, hot, setting(), bounds=bounds), state)

@@ -17,7 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from moe_core.retune import RetuneState, decide
+from moe_core.retune import decide
+from moe_core.retune_state import RetuneState
 from moe_core.signing import Signer
 from moe_tuner.__main__ import main
 from moe_tuner.report import DecisionRecord, TuningReport

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_core.config import KnobBounds
-from moe_core.retune import Action, RetuneState, budget_left, decide, rebase, resume, spend
+from moe_core.retune import decide
+from moe_core.retune_state import Action, RetuneState, budget_left, rebase, resume, spend
 from moe_core.setting import ACTIVE_SEQS, CAPACITY, SPILL, Setting, Signals, unknown_pins
 from moe_core.wire import Overflow
 from tests.tuner.tuner_world import BOUNDS, Plant, Traffic, context, run, setting, signals
@@ -28,6 +29,7 @@ def test_a_steady_overload_settles_and_then_changes_nothing_for_an_hour() -> Non
     trace = run(Plant(setting()), [Traffic(rate=30.0, skew=1.5)] * 3900)
     assert trace.changes()
     assert max(at for at, _ in trace.changes()) < 300
+    assert trace.state.home == trace.settings[-1] != setting(), "what relieves it is home"
 
 
 BURSTS = [
@@ -217,7 +219,7 @@ def test_signals_that_vanish_in_a_spike_leave_the_knobs_where_they_are() -> None
 
 def test_spill_waits_for_cheaper_remedies_and_for_a_target() -> None:
     mild = signals(ttft_p95_s=0.8, rank_demand=1.6, waiting=2)
-    state = RetuneState(home=setting(), pressed_since_s=0.0)
+    state = RetuneState(home=setting(), lasting_s=30.0)
     first, _ = decide(context(5.0, mild, setting()), state)
     assert first.changed == (CAPACITY,)
     balanced = mild.model_copy(update={"rank_demand": 1.0})
@@ -236,7 +238,7 @@ def test_spilling_does_not_hide_the_queue_it_comes_from() -> None:
     flooded = signals(
         arrivals_per_s=40.0, completed_per_s=40.0, local_per_s=4.0, waiting=8, running=16, spill_share=0.9
     )
-    state = RetuneState(home=setting(), pressed_since_s=0.0)
+    state = RetuneState(home=setting(), lasting_s=30.0)
     decision, _ = decide(context(5.0, flooded, setting()), state)
     assert "queue wait 2 s" in decision.reason
     assert ACTIVE_SEQS in decision.changed

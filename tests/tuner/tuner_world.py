@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from moe_core.config import KnobBounds, SloConfig
-from moe_core.retune import Action, RetuneContext, RetuneDecision, RetuneState, decide
+from moe_core.retune import decide
+from moe_core.retune_state import Action, RetuneContext, RetuneDecision, RetuneState
 from moe_core.setting import Setting, Signals
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Overflow
 from moe_tuner.measure import Measurement

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from moe_core import retune
+from moe_core import retune, retune_state
 from moe_core.clock import Clock
 from moe_core.log import Log
-from moe_core.retune import Action, RetuneContext, RetuneDecision
+from moe_core.retune_state import Action, RetuneContext, RetuneDecision
 from moe_core.setting import Setting, Signals, pinned
 from moe_tuner.evidence import pairs_needed
 from moe_tuner.explore import CHANGES_KEPT, Do, End, ExploreContext, Step, Suggestion
@@ -131,7 +131,7 @@ class Tuner:
 
     def report(self) -> TuningReport:
         config, hand, trial = self._live.config, self._hand, self._slow.state.trial
-        left = retune.budget_left(hand.state, self._clock.monotonic(), config.changes_per_hour)
+        left = retune_state.budget_left(hand.state, self._clock.monotonic(), config.changes_per_hour)
         return TuningReport(
             deployment=config.deployment,
             mode=config.mode,
@@ -185,7 +185,7 @@ class Tuner:
         )
         before = hand.state
         decision, state = retune.decide(context, before)
-        if decision.action is Action.MOVE and now_s < hand.no_moves_until_s:
+        if decision.action in (Action.MOVE, Action.SETTLE) and now_s < hand.no_moves_until_s:
             why = f"a rank refused the last setting: no moves for {hand.no_moves_until_s - now_s:.0f} s"
             self._decision = decision.model_copy(update={"action": Action.HOLD, "reason": why, "setting": None})
             return
@@ -226,7 +226,7 @@ class Tuner:
             home=hand.state.home or in_force,
             closed=self._closed,
             simulator_only=self._simulator_only(),
-            changes_left=retune.budget_left(hand.state, now_s, config.changes_per_hour),
+            changes_left=retune_state.budget_left(hand.state, now_s, config.changes_per_hour),
             alpha=config.promote_alpha,
             seed=config.deployment,
             outside=self._decision.outside,
@@ -260,7 +260,7 @@ class Tuner:
             return "a candidate must be taken back first: exploring nothing"
         if explore.trial is not None:
             return self._trial_gate()
-        left = retune.budget_left(self._hand.state, now_s, config.changes_per_hour)
+        left = retune_state.budget_left(self._hand.state, now_s, config.changes_per_hour)
         if left < max(trial_changes(config.promote_alpha), config.changes_per_hour // 2):
             return f"{left} of {config.changes_per_hour} changes are left this hour, kept for spikes: exploring nothing"
         today = self._hand.trials_today()

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from moe_core import retune
+from moe_core import retune_state
 from moe_core.clock import Clock
 from moe_core.log import Log
-from moe_core.retune import Action, RetuneState
+from moe_core.retune_state import Action, RetuneState
 from moe_core.setting import Setting, Signals
 from moe_core.wire import Knobs
 from moe_tuner.actuate import AckReport, ActuationFailed, Actuator, Overtaken, Sent
@@ -171,7 +171,7 @@ class Hand:
             return
         self.in_force = boot
         if home is None:
-            self.state = retune.rebase(self.state, boot)
+            self.state = retune_state.rebase(self.state, boot)
             self.save()
         elif home != boot and self.may_repair:
             reason = "the board has no knobs: the last safe setting is sent again"
@@ -199,14 +199,14 @@ class Hand:
         self._rebase(self.in_force, f"version {theirs.version} came from another writer: it is the home now", before)
 
     def _rebase(self, home: Setting, reason: str, before: Setting | None = None) -> None:
-        self.state = retune.rebase(self.state, home)
+        self.state = retune_state.rebase(self.state, home)
         self.save()
         self.record("fast", "Adopt", reason, before or home, home)
 
     def _resumed(self, saved: Saved) -> RetuneState:
         elapsed_s = self._clock.time() - saved.saved_at_s
         now_s = self._clock.monotonic()
-        return retune.resume(saved.state, saved_at_s=saved.saved_monotonic_s, elapsed_s=elapsed_s, now_s=now_s)
+        return retune_state.resume(saved.state, saved_at_s=saved.saved_monotonic_s, elapsed_s=elapsed_s, now_s=now_s)
 
     # Changes
 
@@ -242,7 +242,7 @@ class Hand:
         if not trial:
             self._trial = None
         if action not in COUNTED_BY_POLICY:
-            self.state = retune.spend(self.state, self._clock.monotonic())
+            self.state = retune_state.spend(self.state, self._clock.monotonic())
         self.acks = AckSummary(complete=False)
         self._unsettled = record.model_copy(update={"version": sent.knobs.version})
         self.save()
@@ -257,18 +257,18 @@ class Hand:
     async def promote(self, setting: Setting, reason: str, told: dict[str, Any] | None = None) -> None:
         """The candidate becomes the home, in force already or put there now."""
         before = self.state.home or setting
-        self.state = retune.rebase(self.state, setting)
+        self.state = retune_state.rebase(self.state, setting)
         if self.in_force == setting:
             self._trial = None
             self.save()
             self.record("slow", "Promote", reason, before, setting, told)
         elif not await self.send(setting, "slow", "Promote", reason, told=told):
-            self.state = retune.rebase(self.state, before)
+            self.state = retune_state.rebase(self.state, before)
             self.save()
 
     def pinned(self, setting: Setting) -> None:
         """Knobs that a person holds at a value are part of the home."""
-        self.state = retune.rebase(self.state, setting)
+        self.state = retune_state.rebase(self.state, setting)
         self.save()
 
     # What the guard remembers

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from moe_api.base import Model
 from moe_core.clock import Clock
 from moe_core.log import Log
-from moe_core.retune import RetuneState
+from moe_core.retune_state import RetuneState
 from moe_core.setting import Setting
 from moe_tuner.report import DecisionRecord
 
@@ -31,7 +31,7 @@ RECORD_BYTES = 10_000
 
 CRASHED = "died under it"
 """Words of the guard where an engine did not survive a candidate."""
-HOMES = ("Undo", "Promote", "Adopt", "RollBack", "Return", "Restore", "Pin")
+HOMES = ("Undo", "Settle", "Promote", "Adopt", "RollBack", "Return", "Restore", "Pin")
 """Actions whose setting stands while nothing presses: each was in force before, or won, or is a person's."""
 
 
