@@ -26,7 +26,7 @@ from moe_core.remedies import (
 )
 from moe_core.retune_state import HOUR_S, UNDO_WAIT_S, Action, RetuneContext, RetuneDecision, RetuneState, budget_left
 from moe_core.setting import CAPACITY, Setting
-from moe_core.settling import STOOD_S, left, needed_s, returned, settled, slack_s, weighed
+from moe_core.settling import STOOD_S, left, needed_s, new, returned, settled, slack_s, weighed
 from moe_core.traffic import SUDDEN, causes, outside_change, peaks, receded, rises, watch
 
 PRESSED_FOR_S = 2.0
@@ -108,7 +108,18 @@ def _choose(
     met = None if displaced else _meet(context, state, pressure, risen)
     if met is not None:
         return met
-    if pressure.pressed and (displaced or risen or context.signals.api_failing):
+    if (
+        displaced
+        and not risen
+        and context.mode == "Auto"
+        and state.moved_at_s is not None
+        and context.now_s - state.moved_at_s >= STOOD_S
+    ):
+        # An hour away, no knob moved, and nothing is risen: this is the traffic now.
+        over = {"cause": {}, "too_many_seqs": None, "cell": None, "met": False}
+        state = settled(state, context.setting, context.now_s).model_copy(update=over)
+        return _hold(f"away from home for an hour: {context.setting.text()} is home now"), state
+    if pressure.pressed and (displaced or risen or context.signals.api_failing or new(state, context.now_s)):
         return _relieve(context, state, pressure, risen)
     if displaced:
         return _go_home(context, state, pressure)
@@ -312,8 +323,8 @@ def _ease(context: RetuneContext, state: RetuneState, origin: Setting) -> tuple[
         lossy = {"lossy_factor": cap, "lossy_at_s": now_s, "capped_at_s": now_s, "spent_since_s": None}
         state = settled(state, move.setting, now_s).model_copy(update=lossy)
     reason = f"{context.signals.lost_gate_mass:.4f} of gate mass lost is most of {context.max_lost_gate_mass:g}"
-    changed = (move.knob,)
-    return _decision(context, state, Action.SETTLE, f"{reason}: {move.why}", to=move.setting, changed=changed), state
+    reason = f"{reason}: {move.why}"
+    return _decision(context, state, Action.SETTLE, reason, to=move.setting, changed=(move.knob,)), state
 
 
 def _return(context: RetuneContext, state: RetuneState, origin: Setting) -> tuple[RetuneDecision, RetuneState] | None:

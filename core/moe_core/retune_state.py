@@ -76,6 +76,7 @@ class RetuneState(Model):
     met: bool = Field(default=False, description="the spike was met from the table, and nothing has pressed since")
     origin: Setting | None = Field(default=None, description="home before the policy settled on another one")
     capped_at_s: float | None = Field(default=None, description="when capacity was moved last")
+    began_at_s: float | None = Field(default=None, description="the first tick of all, over restarts")
     ticked_at_s: float | None = Field(default=None, description="when the last tick was")
     lasting_s: float = Field(
         default=0.0,
@@ -122,7 +123,7 @@ def spend(state: RetuneState, now_s: float) -> RetuneState:
 
 def rebase(state: RetuneState, home: Setting) -> RetuneState:
     """Make another setting the home: a promoted candidate, or knobs that a person set."""
-    fresh = {"cause": {}, "table": {}, "cell": None, "met": False, "origin": None, "relief": None}
+    fresh: dict[str, object] = {"cause": {}, "table": {}, "cell": None, "met": False, "origin": None, "relief": None}
     settling = {"lasting_s": 0.0, "stood_since_s": None, "return_wait_s": RETURN_WAIT_S}
     return state.model_copy(update={"home": home, **fresh, **settling})
 
@@ -143,6 +144,7 @@ def resume(state: RetuneState, *, saved_at_s: float, elapsed_s: float, now_s: fl
         changes_at_s=tuple(at_s + shift for at_s in state.changes_at_s),
         table=state.table,
         origin=state.origin,
+        began_at_s=shifted(state.began_at_s),
         stood_since_s=shifted(state.stood_since_s),
         return_wait_s=state.return_wait_s,
         returned_at_s=shifted(state.returned_at_s),

@@ -19,6 +19,8 @@ STOOD_S = 3600.0
 LASTING_ONCE_STOOD_S, TOLERATED_ONCE_STOOD = 120.0, 0.2
 """The same once a home has stood for `STOOD_S` in traffic that did not rise: what it held then is no news, and stalls
 that come close together are no overload."""
+NEW_S = 30.0
+"""For so long a tuner without a past knows nothing of what is usual: it may have begun in the middle of a spike."""
 TICK_MOST_S = 5.0
 """Longest time that one tick speaks for."""
 WRONG_S = 3600.0
@@ -36,8 +38,17 @@ def weighed(state: RetuneState, now_s: float, pressure: Pressure, *, explained: 
         lasting_s += since_s if pressure.pressed else -since_s * share / (1.0 - share)
     stood_since_s = now_s if explained or state.stood_since_s is None else state.stood_since_s
     return state.model_copy(
-        update={"ticked_at_s": now_s, "lasting_s": max(0.0, lasting_s), "stood_since_s": stood_since_s}
+        update={
+            "began_at_s": now_s if state.began_at_s is None else state.began_at_s,
+            "ticked_at_s": now_s,
+            "lasting_s": max(0.0, lasting_s),
+            "stood_since_s": stood_since_s,
+        }
     )
+
+
+def new(state: RetuneState, now_s: float) -> bool:
+    return state.began_at_s is None or now_s - state.began_at_s < NEW_S
 
 
 def has_stood(state: RetuneState, now_s: float) -> bool:

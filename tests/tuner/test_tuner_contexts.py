@@ -157,7 +157,7 @@ def test_a_higher_factor_loses_less_and_more_skew_loses_more(spread: float, fact
 
 def test_capacity_is_never_put_where_it_is_foreseen_to_break_quality() -> None:
     bounds = BOUNDS.model_copy(update={"capacity_factor_max": Decimal(4)})
-    state = RetuneState(home=setting(), lasting_s=30.0)
+    state = RetuneState(home=setting(), lasting_s=30.0, began_at_s=-60.0)
     for spread in (0.1, 0.3, 0.6, 1.0, 1.5, 2.5):
         hot = signals(ttft_p95_s=1.0, waiting=4, rank_demand=1.6, expert_cv=spread)
         decision, _ = decide(context(5.0, hot, setting(), bounds=bounds), state)

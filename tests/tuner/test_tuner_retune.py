@@ -26,7 +26,7 @@ def test_an_hour_of_steady_traffic_changes_nothing(rate: float, seed: int) -> No
 
 
 def test_a_steady_overload_settles_and_then_changes_nothing_for_an_hour() -> None:
-    trace = run(Plant(setting()), [Traffic(rate=30.0, skew=1.5)] * 3900)
+    trace = run(Plant(setting()), [Traffic(rate=30.0, skew=1.5)] * 4200)
     assert trace.changes()
     assert max(at for at, _ in trace.changes()) < 300
     assert trace.state.home == trace.settings[-1] != setting(), "what relieves it is home"
@@ -219,7 +219,7 @@ def test_signals_that_vanish_in_a_spike_leave_the_knobs_where_they_are() -> None
 
 def test_spill_waits_for_cheaper_remedies_and_for_a_target() -> None:
     mild = signals(ttft_p95_s=0.8, rank_demand=1.6, waiting=2)
-    state = RetuneState(home=setting(), lasting_s=30.0)
+    state = RetuneState(home=setting(), lasting_s=30.0, began_at_s=-60.0)
     first, _ = decide(context(5.0, mild, setting()), state)
     assert first.changed == (CAPACITY,)
     balanced = mild.model_copy(update={"rank_demand": 1.0})
@@ -238,7 +238,7 @@ def test_spilling_does_not_hide_the_queue_it_comes_from() -> None:
     flooded = signals(
         arrivals_per_s=40.0, completed_per_s=40.0, local_per_s=4.0, waiting=8, running=16, spill_share=0.9
     )
-    state = RetuneState(home=setting(), lasting_s=30.0)
+    state = RetuneState(home=setting(), lasting_s=30.0, began_at_s=-60.0)
     decision, _ = decide(context(5.0, flooded, setting()), state)
     assert "queue wait 2 s" in decision.reason
     assert ACTIVE_SEQS in decision.changed
