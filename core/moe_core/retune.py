@@ -26,7 +26,7 @@ from moe_core.remedies import (
 )
 from moe_core.retune_state import HOUR_S, UNDO_WAIT_S, Action, RetuneContext, RetuneDecision, RetuneState, budget_left
 from moe_core.setting import CAPACITY, Setting
-from moe_core.settling import STOOD_S, left, needed_s, new, returned, settled, slack_s, weighed
+from moe_core.settling import STOOD_S, adopted, left, long_away, needed_s, new, returned, settled, slack_s, weighed
 from moe_core.traffic import SUDDEN, causes, outside_change, peaks, receded, rises, watch
 
 PRESSED_FOR_S = 2.0
@@ -108,16 +108,8 @@ def _choose(
     met = None if displaced else _meet(context, state, pressure, risen)
     if met is not None:
         return met
-    if (
-        displaced
-        and not risen
-        and context.mode == "Auto"
-        and state.moved_at_s is not None
-        and context.now_s - state.moved_at_s >= STOOD_S
-    ):
-        # An hour away, no knob moved, and nothing is risen: this is the traffic now.
-        over = {"cause": {}, "too_many_seqs": None, "cell": None, "met": False}
-        state = settled(state, context.setting, context.now_s).model_copy(update=over)
+    if displaced and not risen and context.mode == "Auto" and long_away(state, context.now_s):
+        state = adopted(state, context.setting, context.now_s)
         return _hold(f"away from home for an hour: {context.setting.text()} is home now"), state
     if pressure.pressed and (displaced or risen or context.signals.api_failing or new(state, context.now_s)):
         return _relieve(context, state, pressure, risen)

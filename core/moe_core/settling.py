@@ -82,6 +82,17 @@ def settled(state: RetuneState, setting: Setting, now_s: float) -> RetuneState:
     )
 
 
+def long_away(state: RetuneState, now_s: float) -> bool:
+    """Whether the last move was an hour ago: what rose then is the traffic now."""
+    return state.moved_at_s is not None and now_s - state.moved_at_s >= STOOD_S
+
+
+def adopted(state: RetuneState, setting: Setting, now_s: float) -> RetuneState:
+    """What a spike that never ended left in force is home."""
+    over: dict[str, object] = {"cause": {}, "too_many_seqs": None, "cell": None, "met": False}
+    return settled(state, setting, now_s).model_copy(update=over)
+
+
 def returned(state: RetuneState, home: Setting, now_s: float) -> RetuneState:
     """The origin, as it may be now, is home again."""
     over = {"origin": None, "lasting_s": 0.0, "stood_since_s": now_s, "returned_at_s": now_s, "relief": state.home}
