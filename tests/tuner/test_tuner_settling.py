@@ -150,7 +150,7 @@ def test_a_spike_after_it_is_answered_in_seconds_and_undone(load: Steady) -> Non
     assert ran.changes[done:] == []
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.floats(1.0, 30.0),
     st.floats(0.6, 1.4),

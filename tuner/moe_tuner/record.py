@@ -8,7 +8,7 @@ from typing import Any
 from moe_api.status import Decision, KnobsInForce, TrafficContext, TuningStatus
 from moe_core.contexts import cell_of
 from moe_core.moments import rfc3339, unix_s
-from moe_core.retune import RetuneState
+from moe_core.retune_state import RetuneState
 from moe_core.setting import Setting, Signals
 from moe_core.wire import Knobs
 from moe_tuner.journal import Kept, Saved
