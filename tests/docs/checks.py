@@ -38,6 +38,7 @@ KINDS = {
     ),
     *("deployment", "deploy", "rayservice", "rayservices", "events", "networkpolicy", "service", "svc", "job", "nodes"),
 }
+KINDED = ("get", "describe", "delete", "edit", "patch", "annotate")
 KUBECTL = {
     "apply",
     "get",
@@ -50,6 +51,7 @@ KUBECTL = {
     "edit",
     "patch",
     "label",
+    "annotate",
     "explain",
 }
 HELM = {"install", "upgrade", "test", "uninstall", "template", "show", "get", "rollback"}
@@ -107,7 +109,7 @@ def kubectl(command: Command) -> str | None:
         return missing
     kinds = [word.partition("/")[0] for word in rest[:1] if not word.startswith("-")]
     kinds = [kind for given in kinds for kind in given.split(",")]
-    unknown = [kind for kind in kinds if verb in ("get", "describe", "delete", "edit", "patch") and kind not in KINDS]
+    unknown = [kind for kind in kinds if verb in KINDED and kind not in KINDS]
     return f"no kind {unknown[0]}" if unknown else None
 
 
