@@ -159,15 +159,18 @@ def test_a_spike_after_it_is_answered_in_seconds_and_undone(load: Steady) -> Non
     st.sampled_from([1.05, 1.3, 1.8]),
     st.integers(1, 1000),
 )
-def test_any_steady_load_is_quiet_in_its_third_hour(
+def test_no_steady_load_keeps_the_loop_busy_in_its_third_hour(
     rate: float, speed: float, drift: float, stalls: float, skew: float, seed: int
 ) -> None:
+    """One load in twenty has its home moved once or twice more; none swings to and fro."""
     load = Steady(rate=rate, speed=speed, drift=drift, stalls_per_hour=stalls, skew=skew, seed=seed)
     ran = settled(load)
     before = len(ran.changes)
     for _ in range(HOUR_S):
         ran.tick(load, rate)
-    assert ran.changes[before:] == []
+    late = [action for _, action, _ in ran.changes[before:]]
+    assert len(late) <= SELDOM
+    assert late.count(Action.UNDO) <= 1
 
 
 # The parts.
