@@ -26,6 +26,7 @@ from moe_core.traffic import RATE, REPLICAS, TrafficState, rises, watch
 from tests.tuner.tuner_world import SLO, Plant, Traffic, context, setting, signals
 
 SETTLING_S, HOUR_S = 7200, 3600
+SELDOM = 4
 SPIKE_S, MET_WITHIN_S, UNDONE_WITHIN_S = 40, 12, 600
 
 
