@@ -35,7 +35,7 @@ NOT_ASKED = (
 SILENT = {
     **dict.fromkeys(("experts.capacityFactor", "experts.perToken", "quality.minExpertsPerToken"), TUNED),
     "tiers[].expertsPerToken": TUNED,
-    **dict.fromkeys(("tuning.bounds.", "tuning.pins.", "tuning.changeBudget.", "tuning.paused"), TUNED),
+    **dict.fromkeys(("tuning.bounds.", "tuning.pins.", "tuning.changeBudget."), TUNED),
     "monitoring.prometheus.": TUNED,
     "upgrade.": ROLLED,
     **dict.fromkeys(("gateway.auth.secretName", "gateway.auth.issuer", "gateway.auth.audience"), NOT_ASKED),
