@@ -21,6 +21,9 @@ hundred requests is half as large again by chance, some times a day."""
 SURGE = 4.0
 """Standard deviations of one sample that are a rise of the rate at once, before the CUSUM's alarm (Lucas, J. Quality
 Technology, 1982: a Shewhart limit beside a CUSUM)."""
+LEAP = 3.0
+"""Times the usual rate that are a rise however much the rate has swung before: a detector that has just met bursts, or
+has seen little, takes everything for noise. What chance does to a count of requests is still asked for."""
 REPLICAS, REPLICAS_ADOPT = "replicas away", 600
 """Fewer replicas than usual is a cause, too; once it has lasted so many ticks, it is what is usual."""
 SUDDEN = frozenset({RATE, REPLICAS})
@@ -68,8 +71,9 @@ def rises(signals: Signals, state: TrafficState) -> frozenset[str]:
         if not detector.warm or _weight(name, level) < RISE[name] * _weight(name, _before(name, detector, signals)):
             continue
         spread = max(noises[name], math.sqrt(detector.variance), 1e-6)
-        surged = name == RATE and _log(name, level, signals) - detector.mean >= SURGE * spread
-        if surged or detector.changed > 0:
+        above = _log(name, level, signals) - detector.mean
+        leapt = above >= max(math.log(LEAP), SURGE * noises[name])
+        if detector.changed > 0 or (name == RATE and (leapt or above >= SURGE * spread)):
             risen.add(name)
     return frozenset({*risen, REPLICAS} if state.fewer_for else risen)
 

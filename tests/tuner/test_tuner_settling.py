@@ -151,6 +151,23 @@ def test_a_spike_after_it_is_answered_in_seconds_and_undone(load: Steady) -> Non
     assert ran.changes[done:] == []
 
 
+YOUNG = [(10, 40, 6.0), (10, 80, 6.0), (8, 60, 5.0), (15, 120, 4.0)]
+
+
+@pytest.mark.parametrize(("idle_s", "busy_s", "times"), YOUNG)
+def test_a_spike_of_a_young_deployment_is_answered_in_seconds(idle_s: int, busy_s: int, times: float) -> None:
+    """It began idle, and of so wide a spread the first minutes' sixfold rate is not three standard deviations."""
+    load = Steady(rate=5.0)
+    ran = Ran(0, Plant(setting(seqs=load.seqs), seed=load.seed), RetuneState(), [])
+    for second in range(idle_s + busy_s):
+        ran.tick(load, load.rate if second >= idle_s else 0.0)
+    before, start = len(ran.changes), ran.now
+    for _ in range(SPIKE_S):
+        ran.tick(load, times * load.rate)
+    assert ran.changes[before][1] is Action.MOVE
+    assert ran.changes[before][0] - start <= MET_WITHIN_S
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     st.floats(1.0, 30.0),
