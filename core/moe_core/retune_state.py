@@ -83,7 +83,9 @@ class RetuneState(Model):
         ge=0,
         description="seconds of pressure that no rise of the traffic explains, less what is tolerated",
     )
-    stood_since_s: float | None = Field(default=None, description="home has stood, and no traffic risen, since then")
+    stood_since_s: float | None = Field(
+        default=None, description="home has stood since then, less what risen traffic took away"
+    )
     return_wait_s: float = Field(default=RETURN_WAIT_S, description="ample slack before the origin is home again")
     returned_at_s: float | None = Field(default=None, description="the origin is home again since then")
     relief: Setting | None = Field(default=None, description="the settled home that the return left")

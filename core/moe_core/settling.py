@@ -19,6 +19,8 @@ STOOD_S = 3600.0
 LASTING_ONCE_STOOD_S, TOLERATED_ONCE_STOOD = 120.0, 0.2
 """The same once a home has stood for `STOOD_S` in traffic that did not rise: what it held then is no news, and stalls
 that come close together are no overload."""
+RISEN_COSTS = 60.0
+"""Seconds of standing that one second of risen traffic takes away: a burst takes it all, a rise by chance does not."""
 NEW_S = 30.0
 """For so long a tuner without a past knows nothing of what is usual: it may have begun in the middle of a spike."""
 TICK_MOST_S = 5.0
@@ -36,7 +38,8 @@ def weighed(state: RetuneState, now_s: float, pressure: Pressure, *, explained: 
     if not explained:
         share = TOLERATED_ONCE_STOOD if has_stood(state, now_s) else TOLERATED
         lasting_s += since_s if pressure.pressed else -since_s * share / (1.0 - share)
-    stood_since_s = now_s if explained or state.stood_since_s is None else state.stood_since_s
+    lost_s = RISEN_COSTS * since_s if explained else 0.0
+    stood_since_s = now_s if state.stood_since_s is None else min(now_s, state.stood_since_s + lost_s)
     return state.model_copy(
         update={
             "began_at_s": now_s if state.began_at_s is None else state.began_at_s,

@@ -21,6 +21,8 @@ hundred requests is half as large again by chance, some times a day."""
 SURGE = 4.0
 """Standard deviations of one sample that are a rise of the rate at once, before the CUSUM's alarm (Lucas, J. Quality
 Technology, 1982: a Shewhart limit beside a CUSUM)."""
+DOUBLE = 2.0
+"""And times the usual rate: of a day's 86,400 samples some lie four deviations up, at half as much again."""
 LEAP = 3.0
 """Times the usual rate that are a rise however much the rate has swung before: a detector that has just met bursts, or
 has seen little, takes everything for noise. What chance does to a count of requests is still asked for."""
@@ -73,7 +75,7 @@ def rises(signals: Signals, state: TrafficState) -> frozenset[str]:
         spread = max(noises[name], math.sqrt(detector.variance), 1e-6)
         above = _log(name, level, signals) - detector.mean
         leapt = above >= max(math.log(LEAP), SURGE * noises[name])
-        if detector.changed > 0 or (name == RATE and (leapt or above >= SURGE * spread)):
+        if detector.changed > 0 or (name == RATE and (leapt or above >= max(math.log(DOUBLE), SURGE * spread))):
             risen.add(name)
     return frozenset({*risen, REPLICAS} if state.fewer_for else risen)
 

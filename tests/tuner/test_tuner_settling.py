@@ -21,7 +21,7 @@ from moe_core.remedies import pressure_of
 from moe_core.retune import decide
 from moe_core.retune_state import STATE_VERSION, Action, RetuneState, resume
 from moe_core.setting import CAPACITY, Setting, Signals
-from moe_core.settling import LASTING_S, TOLERATED, weighed
+from moe_core.settling import LASTING_S, TOLERATED, has_stood, weighed
 from moe_core.traffic import RATE, REPLICAS, TrafficState, rises, watch
 from tests.tuner.tuner_world import SLO, Plant, Traffic, context, setting, signals
 
@@ -206,6 +206,25 @@ def test_pressure_is_weighed_by_its_share_of_the_time(pressed: list[bool]) -> No
     assert state.lasting_s >= sum(pressed) - TOLERATED / (1 - TOLERATED) * (len(pressed) - sum(pressed)) - 1e-6
     assert state.lasting_s <= sum(pressed)
     assert (state.lasting_s >= LASTING_S) <= (sum(pressed) >= LASTING_S)
+
+
+STANDING = [
+    pytest.param([2], True, id="a rise by chance"),
+    pytest.param([2] * 12, True, id="a few in an hour"),
+    pytest.param([20], True, id="one burst of 20 s"),
+    pytest.param([20] * 4, False, id="bursts"),
+    pytest.param([90], False, id="a spike of a minute and a half"),
+]
+
+
+@pytest.mark.parametrize(("risen_s", "stands"), STANDING)
+def test_bursts_take_a_home_s_standing_and_chance_does_not(risen_s: list[int], stands: bool) -> None:
+    calm = pressure_of(signals(), SLO)
+    risen = {HOUR_S + 140 * place + at for place, length in enumerate(risen_s) for at in range(length)}
+    state = RetuneState()
+    for now in range(HOUR_S + 1800):
+        state = weighed(state, float(now), calm, explained=now in risen)
+    assert has_stood(state, HOUR_S + 1800.0) is stands
 
 
 RISES = [
