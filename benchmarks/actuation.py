@@ -31,6 +31,8 @@ from typing import Any
 import aiohttp
 import psutil
 
+from moe_core.clock import SystemClock
+from moe_core.passes import Passes
 from moe_core.signing import Signer
 from moe_core.wire import EngineKnobs, ExpertKnobs, FallbackKnobs, Knobs, Overflow
 
@@ -152,6 +154,11 @@ async def stream(http: aiohttp.ClientSession, stack: Stack, number: int, seen: S
         seen.longest_wait_s = max(seen.longest_wait_s, wait)
 
 
+def shown(stack: Stack, signer: Signer) -> dict[str, str]:
+    """The pass that the board wants."""
+    return {"Authorization": f"Bearer {Passes(signer, SystemClock()).token(stack.deployment)}"}
+
+
 async def change(http: aiohttp.ClientSession, stack: Stack, signer: Signer, version: int) -> tuple[float, bool]:
     """Seconds from a decision to the last rank's acknowledgement, and whether all ranks took just that."""
     experts, engine = SETTINGS[version % len(SETTINGS)]
@@ -164,7 +171,9 @@ async def change(http: aiohttp.ClientSession, stack: Stack, signer: Signer, vers
             if answer.status >= 300:
                 raise RuntimeError(f"{where} refused version {version}: {answer.status} {await answer.text()}")
     while time.monotonic() - decided < GIVE_UP_S:
-        async with http.get(f"{stack.board}/v1/acks", params={"version": version}) as answer:
+        async with http.get(
+            f"{stack.board}/v1/acks", params={"version": version}, headers=shown(stack, signer)
+        ) as answer:
             said: dict[str, Any] = await answer.json()
         if said["complete"]:
             took = time.monotonic() - decided
@@ -181,7 +190,7 @@ async def measure(stack: Stack, changes: int, streams: int, warm_tokens: int = 0
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
         clients = [asyncio.create_task(stream(http, stack, n, seen, stop)) for n in range(streams)]
         try:
-            async with http.get(f"{stack.board}/v1/acks") as answer:
+            async with http.get(f"{stack.board}/v1/acks", headers=shown(stack, signer)) as answer:
                 version = int((await answer.json())["version"])
             warmed = 0
             while warmed < WARM_UP or seen.tokens < warm_tokens:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from moe_cli.documents import StackState, read_state
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
+from moe_cli.showing import NO_KEY, Key, of_stack, wanted
 from moe_core import http
 from moe_core.costs import CostReport, CostRow, Forecast, Rent, forecast, rent
 from moe_core.http import HttpError, call_json
@@ -25,7 +26,9 @@ ASK_S = 5.0
 WINDOW_S = 300
 
 
-async def show(state_dir: Path, say: Say, *, url: str | None, usd_per_gpu_hour: float | None, as_json: bool) -> Exit:
+async def show(
+    state_dir: Path, say: Say, *, url: str | None, usd_per_gpu_hour: float | None, as_json: bool, key: Key = NO_KEY
+) -> Exit:
     """Ask the gateway (and the board, where rent is given), and print. Raises Refusal."""
     state = read_state(state_dir)
     gateway = url or _admin_url(state)
@@ -34,7 +37,10 @@ async def show(state_dir: Path, say: Say, *, url: str | None, usd_per_gpu_hour: 
             Problem(field="costs", message="nothing runs here", remedy="start it with moectl up, or give --url")
         )
     async with http.session(connect_s=2.0, read_s=ASK_S) as client:
-        report, digest, replicas = await _ask(client, gateway.rstrip("/"), state)
+        own = None if state is None else of_stack(state_dir, state.deployment)
+        shown = own if url is None else key.token()
+        report, digest = await _ask(client, gateway.rstrip("/"), shown)
+        replicas = await _replicas(client, state, own)
     spent = None if usd_per_gpu_hour is None else rent(replicas, usd_per_gpu_hour)
     gpus = sum(replica.ranks for replica in replicas)
     even = break_evens(report, digest, gpus, usd_per_gpu_hour)
@@ -127,24 +133,29 @@ def _admin_url(state: StackState | None) -> str | None:
     return None if port is None else f"http://127.0.0.1:{port}"
 
 
-async def _ask(
-    client: aiohttp.ClientSession, gateway: str, state: StackState | None
-) -> tuple[CostReport, GatewayDigest | None, tuple[ReplicaDigest, ...]]:
+async def _ask(client: aiohttp.ClientSession, gateway: str, shown: str | None) -> tuple[CostReport, GatewayDigest]:
     try:
-        raw = await call_json(client, "GET", f"{gateway}/v1/costs", total_s=ASK_S)
+        raw = await call_json(client, "GET", f"{gateway}/v1/costs", total_s=ASK_S, token=shown)
         report = CostReport.model_validate(raw)
-        digest = GatewayDigest.model_validate(
-            await call_json(client, "GET", f"{gateway}/v1/digest?window={WINDOW_S}", total_s=ASK_S)
-        )
+        raw = await call_json(client, "GET", f"{gateway}/v1/digest?window={WINDOW_S}", total_s=ASK_S, token=shown)
+        return report, GatewayDigest.model_validate(raw)
     except HttpError as error:
         message = f"the gateway at {gateway} does not answer: {error}"
-        raise Refusal(Problem(field="--url", message=message, remedy="give the address of its admin port")) from None
+        remedy = wanted(error, "give the address of its admin port")
+        raise Refusal(Problem(field="--url", message=message, remedy=remedy)) from None
     except ValidationError:
         message = f"what answers at {gateway} is no gateway of this version"
         raise Refusal(Problem(field="--url", message=message, remedy="give the address of its admin port")) from None
+
+
+async def _replicas(
+    client: aiohttp.ClientSession, state: StackState | None, shown: str | None
+) -> tuple[ReplicaDigest, ...]:
     board = None if state is None else state.fact("serving", "boardUrl")
+    if board is None:
+        return ()
     try:
-        raw = [] if board is None else await call_json(client, "GET", f"{board}/v1/digests", total_s=ASK_S)
-        return report, digest, TypeAdapter(tuple[ReplicaDigest, ...]).validate_python(raw)
+        raw = await call_json(client, "GET", f"{board}/v1/digests", total_s=ASK_S, token=shown)
+        return TypeAdapter(tuple[ReplicaDigest, ...]).validate_python(raw)
     except (HttpError, ValidationError):
-        return report, digest, ()
+        return ()

@@ -16,6 +16,8 @@ from moe_cli.processes import Proc
 
 PLAN = "plan.json"
 STATE = "state.json"
+KEY = "signing.pem"
+"""The stack's own key: its operator's and its tuner's at once."""
 READ, OPERATE = "console.read", "console.operate"
 """Files with the tokens of the console."""
 TARGETS = "targets.json"

@@ -13,6 +13,7 @@ from moe_cli import heat_picture, heat_text
 from moe_cli.documents import read_state
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
+from moe_cli.showing import NO_KEY, Key, of_stack, wanted
 from moe_core.clock import Clock
 from moe_core.expert_load import Of, grid, since
 from moe_core.http import HttpError, call_json, session
@@ -36,6 +37,7 @@ class ExpertsOptions:
     window_s: float | None = None
     as_json: bool = False
     output: Path | None = None
+    key: Key = NO_KEY
 
 
 async def run(options: ExpertsOptions, say: Say, clock: Clock) -> Exit:
@@ -43,13 +45,13 @@ async def run(options: ExpertsOptions, say: Say, clock: Clock) -> Exit:
     if options.output is not None and options.output.suffix.lower() not in PICTURES:
         problem = Problem(field="--output", message=f"{options.output.name} is no {' or '.join(PICTURES)} file")
         raise Refusal(problem.model_copy(update={"remedy": "name it with one of these endings"}))
-    url = board_url(options)
+    url, shown = board_url(options), _pass(options)
     async with session(connect_s=2.0, read_s=ASK_S) as client:
-        found = await _ask(client, url)
+        found = await _ask(client, url, shown)
         if options.window_s is not None:
             before = {matrix.replica: matrix for matrix in found}
             await clock.sleep(options.window_s)
-            found = [since(before.get(after.replica, after), after) for after in await _ask(client, url)]
+            found = [since(before.get(after.replica, after), after) for after in await _ask(client, url, shown)]
     found = chosen(found, options.replica)
     if options.output is not None:
         _draw(found, options.output, say)
@@ -115,11 +117,20 @@ def _draw(matrices: list[ExpertMatrix], output: Path, say: Say) -> None:
         say.line(f"{path}: {len(data) / 1024:.0f} KiB, replica {matrix.replica}")
 
 
-async def _ask(client: aiohttp.ClientSession, url: str) -> list[ExpertMatrix]:
+def _pass(options: ExpertsOptions) -> str | None:
+    if options.url is not None:
+        return options.key.token()
+    state = read_state(options.state_dir)
+    return None if state is None else of_stack(options.state_dir, state.deployment)
+
+
+async def _ask(client: aiohttp.ClientSession, url: str, shown: str | None) -> list[ExpertMatrix]:
     try:
-        return _MATRICES.validate_python(await call_json(client, "GET", f"{url}/v1/experts", total_s=ASK_S))
+        raw = await call_json(client, "GET", f"{url}/v1/experts", total_s=ASK_S, token=shown)
+        return _MATRICES.validate_python(raw)
     except HttpError as error:
-        problem = Problem(field="--url", message=str(error), remedy="moectl status says whether the board answers")
+        remedy = wanted(error, "moectl status says whether the board answers")
+        problem = Problem(field="--url", message=str(error), remedy=remedy)
         raise Refusal(problem, code=Exit.COULD_NOT_START) from None
     except ValidationError:
         message = f"{url} does not answer as a board of this version does"

@@ -23,13 +23,13 @@ from rich.live import Live
 
 from moe_cli import console, live, preflight, processes, status
 from moe_cli.documents import (
+    KEY,
     PLAN,
     STATE,
     Phase,
     StackPlan,
     StackState,
     read_state,
-    read_token,
     wipe,
     write,
     write_state,
@@ -49,7 +49,6 @@ FOLLOW_S = 0.2
 FIGURES_S = 1.0
 PLAIN_FIGURES_S = 10.0
 LOCK = "lock"
-KEY = "signing.pem"
 SECRETS = "secrets"
 STOP_MARGIN_S = 20.0
 CHAT_S = 120.0
@@ -308,7 +307,7 @@ class Screen:
         due = state.phase is Phase.UP and time.monotonic() - self._asked_s >= every_s
         if due:
             self._asked_s = time.monotonic()
-            self._figures, _ = await status.gather(client, state, read_token(self._folder))
+            self._figures, _ = await status.gather(client, state, self._folder)
         if self._live is not None:
             page = console.address(state, self._folder)
             self._live.update(live.screen(state, self._figures, time.time(), page), refresh=True)

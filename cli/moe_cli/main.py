@@ -27,6 +27,11 @@ StateDir = Annotated[
     Path | None,
     typer.Option("--state-dir", help="Where the stack keeps its files.", show_default="user's state folder"),
 ]
+PassKey = Annotated[
+    Path | None,
+    typer.Option("--key", help="Private key that --url trusts (operator.key or tuner.key).", show_default="none"),
+]
+PassFor = Annotated[str | None, typer.Option("--deployment", help="NAMESPACE/NAME behind --url.", show_default="none")]
 File = Annotated[Path, typer.Argument(help="MoEDeployment (YAML).", show_default=False)]
 
 
@@ -126,14 +131,18 @@ def costs(
     rent: Annotated[
         float | None, typer.Option(min=0, help="USD per GPU-hour: splits own GPUs by prefill, decode and idle.")
     ] = None,
+    key: PassKey = None,
+    deployment: PassFor = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """What closed APIs and own GPUs have cost: by tenant, model and target, today and this month, with a forecast."""
     from moe_cli.costs import show
     from moe_cli.launch import default_state_dir
+    from moe_cli.showing import Key
 
     folder = (state_dir or default_state_dir()).resolve()
-    _end(asyncio.run(show(folder, Say(), url=url, usd_per_gpu_hour=rent, as_json=as_json)))
+    by = Key(key, deployment)
+    _end(asyncio.run(show(folder, Say(), url=url, usd_per_gpu_hour=rent, as_json=as_json, key=by)))
 
 
 @app.command()
@@ -149,20 +158,22 @@ def experts(
         float | None, typer.Option(min=0.1, help="Count for so many seconds.", show_default="since the replica started")
     ] = None,
     url: Annotated[str | None, typer.Option(help="The board.", show_default="the local stack's")] = None,
+    key: PassKey = None,
+    deployment: PassFor = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
     state_dir: StateDir = None,
 ) -> None:
     """Load of every expert in every layer, asked from the replicas now: a heat map of what is hot."""
     from moe_cli.experts import ExpertsOptions, run
     from moe_cli.launch import default_state_dir
+    from moe_cli.showing import Key
     from moe_core.clock import SystemClock
     from moe_core.expert_load import Of
 
     if of not in list(Of):
         raise Refusal(Problem(field="--of", message=f"{of} is not known", remedy=f"one of {', '.join(Of)}"))
-    options = ExpertsOptions(
-        (state_dir or default_state_dir()).resolve(), url, replica, Of(of), window, as_json, output
-    )
+    folder, by = (state_dir or default_state_dir()).resolve(), Key(key, deployment)
+    options = ExpertsOptions(folder, url, replica, Of(of), window, as_json, output, by)
     _end(asyncio.run(run(options, Say(), SystemClock())))
 
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_api.base import Model
 from moe_cli.documents import PartState, Phase, StackState, read_token
+from moe_cli.showing import of_stack
 from moe_core.forecasts import ForecastReport, together
 from moe_core.http import HttpError, call_json
 from moe_core.wire import GatewayDigest, ReplicaDigest
@@ -76,16 +77,15 @@ class Report(Model):
     state_dir: str = ""
 
 
-async def gather(
-    client: aiohttp.ClientSession, state: StackState, token: str | None = None
-) -> tuple[Figures, dict[str, bool]]:
-    """Figures of a stack and, for each part that can be asked, whether it answered. `token`: for the tuner."""
+async def gather(client: aiohttp.ClientSession, state: StackState, folder: Path) -> tuple[Figures, dict[str, bool]]:
+    """Figures of a stack and, for each part that can be asked, whether it answered. `folder`: of its key and tokens."""
+    token, shown = read_token(folder), of_stack(folder, state.deployment)
     gateway, board, tuner = urls(state).get("gateway"), state.fact("serving", "boardUrl"), urls(state).get("tuner")
     prometheus = state.fact("prometheus", "url")
     digest, forecasts, replicas, report, ready = await asyncio.gather(
-        _ask(client, gateway and f"{gateway}/v1/digest?window={WINDOW_S}"),
-        _ask(client, gateway and f"{gateway}/v1/forecasts"),
-        _ask(client, board and f"{board}/v1/digests"),
+        _ask(client, gateway and f"{gateway}/v1/digest?window={WINDOW_S}", shown),
+        _ask(client, gateway and f"{gateway}/v1/forecasts", shown),
+        _ask(client, board and f"{board}/v1/digests", shown),
         _ask(client, tuner and f"{tuner}/v1/status", token),
         _ready(client, prometheus and f"{prometheus}/-/ready"),
     )
@@ -193,7 +193,7 @@ async def report(client: aiohttp.ClientSession, state: StackState | None, state_
     """Everything that `moectl status` says."""
     if state is None or state.ended:
         return Report(running=False, state_dir=state_dir, phase=None if state is None else state.phase.value)
-    found, answers = await gather(client, state, read_token(Path(state_dir)))
+    found, answers = await gather(client, state, Path(state_dir))
     where = urls(state)
     parts = tuple(
         part_health(part, where.get(part.name), answers.get(part.name))

@@ -13,8 +13,7 @@ import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from moe_cli import tune_replay, tune_text
-from moe_cli.documents import read_state, read_token
-from moe_cli.launch import KEY
+from moe_cli.documents import KEY, read_state, read_token
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
 from moe_cli.tune_picture import html

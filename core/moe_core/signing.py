@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import ValidationError
 
-from moe_core.wire import Knobs, Signed, TuningOrders, Weights
+from moe_core.wire import Knobs, ReadPass, Signed, TuningOrders, Weights
 
-Command = Knobs | Weights | TuningOrders
-C = TypeVar("C", Knobs, Weights, TuningOrders)
+Command = Knobs | Weights | TuningOrders | ReadPass
+C = TypeVar("C", Knobs, Weights, TuningOrders, ReadPass)
 
 
 class SignatureRefused(Exception):

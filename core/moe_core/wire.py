@@ -109,10 +109,17 @@ class TuningOrders(Model):
     )
 
 
+class ReadPass(Model):
+    """Who shows it may read the state of one deployment's gateways and boards, until it ends."""
+
+    deployment: str = Field(description="namespace/name")
+    until_s: float = Field(description="Unix seconds")
+
+
 class Signed(Model):
     """A command in an envelope: `payload` is the exact JSON text that was signed."""
 
-    kind: Literal["Knobs", "Weights", "TuningOrders"]
+    kind: Literal["Knobs", "Weights", "TuningOrders", "ReadPass"]
     payload: str = Field(max_length=65536)
     key_id: str = Field(max_length=64)
     signature: str = Field(max_length=128, description="Ed25519 over kind, a newline and payload; base64")

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from moe_api.base import Model
 from moe_core import foreign
+from moe_core.door import guard
 from moe_core.signing import CommandInvalid, SignatureRefused, describe
 from moe_core.wire import Ack, Knobs, Signed, Weights
 from moe_gateway import costs_api
@@ -20,6 +21,8 @@ from moe_gateway.weights import given, newest
 
 MAX_COMMAND_BYTES = 128 * 1024
 WINDOW_S = 10.0
+COMMANDS = {"/v1/knobs": "POST", "/v1/weights": "PUT"}
+"""What is signed, and how it is sent."""
 C = TypeVar("C", Knobs, Weights)
 
 
@@ -38,7 +41,8 @@ class Admin:
         self._gateway = gateway
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_COMMAND_BYTES, middlewares=[_errors])
+        guarded = guard(self._gateway.door, frozenset((method, path) for path, method in COMMANDS.items()))
+        app = web.Application(client_max_size=MAX_COMMAND_BYTES, middlewares=[guarded, _errors])
         app.router.add_post("/v1/knobs", self.knobs)
         app.router.add_put("/v1/weights", self.weights)
         app.router.add_get("/v1/digest", self.digest)

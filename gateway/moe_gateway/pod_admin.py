@@ -1,4 +1,7 @@
-"""The admin port of a pod of several workers: asks all of them and answers as one gateway."""
+"""The admin port of a pod of several workers: asks all of them and answers as one gateway.
+
+Passes are shown to the workers as they came, and it is they who refuse a stranger.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,10 @@ from moe_api.base import Model
 from moe_core.forecasts import ForecastReport, together
 from moe_core.wire import Ack
 from moe_gateway import merging
-from moe_gateway.admin import MAX_COMMAND_BYTES
+from moe_gateway.admin import COMMANDS, MAX_COMMAND_BYTES
 from moe_gateway.merging import Window
 
 ASK_S = 2.0
-COMMANDS = {"/v1/knobs": "POST", "/v1/weights": "PUT"}
-"""What is remembered for workers to come, and how it is sent."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class PodAdmin:
         return _json(merging.acks([Ack.model_validate_json(answer.body) for answer in answers], self._pod.name))
 
     async def digest(self, request: web.Request) -> web.Response:
-        answers = await self._ask_all("GET", f"/v1/window?{request.query_string}")
-        refused = next((answer for answer in answers if answer.status not in (0, 200)), None)
+        answers = await self._ask_all("GET", f"/v1/window?{request.query_string}", shown=_shown(request))
+        refused = _refused(answers)
         if refused is not None:
             return _passed_on(refused)
         windows = [Window.model_validate_json(answer.body) for answer in answers if answer.status == 200]
@@ -108,16 +109,20 @@ class PodAdmin:
         return _json(merging.digests(windows, self._pod.name))
 
     async def forecasts(self, request: web.Request) -> web.Response:
-        answers = [answer for answer in await self._ask_all("GET", request.path) if answer.status == 200]
-        if not answers:
+        answers = await self._ask_all("GET", request.path, shown=_shown(request))
+        refused = _refused(answers)
+        if refused is not None:
+            return _passed_on(refused)
+        reports = [ForecastReport.model_validate_json(answer.body) for answer in answers if answer.status == 200]
+        if not reports:
             return _error(503, "no worker of this pod answers")
-        return _json(together([ForecastReport.model_validate_json(answer.body) for answer in answers], self._pod.name))
+        return _json(together(reports, self._pod.name))
 
     async def costs(self, request: web.Request) -> web.Response:
         """From the books that all share: who is asked last sees what the others have written down for being asked."""
-        urls = self._pod.urls
-        await asyncio.gather(*(self._ask(url, "GET", request.path) for url in urls[1:]))
-        answer = await self._ask(urls[0], "GET", request.path) if urls else Answer(0, b"")
+        urls, shown = self._pod.urls, _shown(request)
+        await asyncio.gather(*(self._ask(url, "GET", request.path, shown=shown) for url in urls[1:]))
+        answer = await self._ask(urls[0], "GET", request.path, shown=shown) if urls else Answer(0, b"")
         return _error(503, "no worker of this pod answers") if answer.status == 0 else _passed_on(answer)
 
     async def metrics(self, _: web.Request) -> web.Response:
@@ -131,23 +136,33 @@ class PodAdmin:
         why = self._pod.ready
         return web.Response(text="ok\n") if why is None else web.Response(status=503, text=f"{why}\n")
 
-    async def _ask_all(self, method: str, path: str, body: bytes | None = None) -> list[Answer]:
-        return await asyncio.gather(*(self._ask(url, method, path, body) for url in self._pod.urls))
+    async def _ask_all(self, method: str, path: str, body: bytes | None = None, shown: str = "") -> list[Answer]:
+        return await asyncio.gather(*(self._ask(url, method, path, body, shown) for url in self._pod.urls))
 
-    async def _ask(self, url: str, method: str, path: str, body: bytes | None = None) -> Answer:
-        return await ask(self._pod.client, url, method, path, body)
+    async def _ask(self, url: str, method: str, path: str, body: bytes | None = None, shown: str = "") -> Answer:
+        return await ask(self._pod.client, url, method, path, body, shown)
 
 
 async def ask(
-    client: aiohttp.ClientSession, url: str, method: str, path: str, body: bytes | None = None, within_s: float = ASK_S
+    client: aiohttp.ClientSession, url: str, method: str, path: str, body: bytes | None = None, shown: str = ""
 ) -> Answer:
-    """A worker's answer, byte for byte."""
+    """A worker's answer, byte for byte. `shown`: the header `Authorization`."""
+    headers = {"Authorization": shown} if shown else {}
     try:
-        timeout = aiohttp.ClientTimeout(total=within_s)
-        async with client.request(method, url + path, data=body, timeout=timeout) as response:
+        timeout = aiohttp.ClientTimeout(total=ASK_S)
+        async with client.request(method, url + path, data=body, headers=headers, timeout=timeout) as response:
             return Answer(response.status, await response.read())
     except (aiohttp.ClientError, OSError, TimeoutError):
         return Answer(0, b"")
+
+
+def _shown(request: web.Request) -> str:
+    return request.headers.get("Authorization", "")
+
+
+def _refused(answers: Sequence[Answer]) -> Answer | None:
+    """The first worker's no; one that says nothing says no no."""
+    return next((answer for answer in answers if answer.status not in (0, 200)), None)
 
 
 def _passed_on(answer: Answer) -> web.Response:

@@ -23,6 +23,7 @@ from moe_core.config import GatewayConfig, SloConfig, config_hash
 from moe_core.forecast import Failure, SpillContext, Thresholds
 from moe_core.latency import Ended, First
 from moe_core.log import get_log
+from moe_core.passes import Door
 from moe_core.prices import most_usd
 from moe_core.signing import Verifier
 from moe_core.spill import Decision, SpillState, decide
@@ -63,6 +64,7 @@ class Gateway:
         self.fleet = renew(Fleet(), config, clock)
         self.upstreams = self.fleet.by_name
         self.verifier = Verifier(config.trusted_keys)
+        self.door = Door(config.deployment, lambda: self.verifier, clock)
         self.access = Access(config.auth, clock)
         self.retries = Retries(clock)
         self.tracing = None if config.tracing is None else Tracing(config.tracing, config.deployment)

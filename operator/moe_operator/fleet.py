@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import aiohttp
 from pydantic import Field, TypeAdapter, ValidationError
 
+from moe_core.clock import Clock, SystemClock
 from moe_core.http import HttpError, call_json, session
 from moe_core.log import get_log
+from moe_core.passes import Passes
 from moe_core.signing import Signer
 from moe_core.wire import GatewayDigest, ReplicaDigest
 from moe_operator.requests import AskGateways, Gateways, SendWeights
@@ -33,10 +35,17 @@ _REPLICAS: TypeAdapter[list[ReplicaDigest]] = TypeAdapter(Annotated[list[Replica
 class HttpFleet:
     """The deployments' own processes. Close it in the end."""
 
-    def __init__(self, signing_key_file: str | None, client: aiohttp.ClientSession | None = None) -> None:
+    def __init__(
+        self,
+        signing_key_file: str | None,
+        client: aiohttp.ClientSession | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or SystemClock()
         self._client = client or session(connect_s=1.0, read_s=ANSWER_S, limit=128)
         self._key = Path(signing_key_file) if signing_key_file else None
         self._signer: Signer | None = None
+        self._passes: Passes | None = None
         self._read_at: tuple[int, int] | None = None
         self._said = ""
         self._log = get_log("operator.fleet")
@@ -47,8 +56,9 @@ class HttpFleet:
     async def ask(self, request: AskGateways) -> Gateways:
         """Every pod and board at once, within 2 s."""
         window = f"{request.window_s:g}"
-        pods = [self._digest(f"http://{pod}/v1/digest?window={window}") for pod in request.pods]
-        boards = [self._imbalance(f"{board}/v1/digests") for board in request.boards]
+        shown = self._pass("/".join(request.key))
+        pods = [self._digest(f"http://{pod}/v1/digest?window={window}", shown) for pod in request.pods]
+        boards = [self._imbalance(f"{board}/v1/digests", shown) for board in request.boards]
         digests, by_board = await asyncio.gather(asyncio.gather(*pods), asyncio.gather(*boards))
         imbalances = [value for values in by_board for value in values]
         return Gateways(
@@ -66,9 +76,9 @@ class HttpFleet:
         took = await asyncio.gather(*(self._put(f"http://{pod}/v1/weights", envelope) for pod in request.pods))
         return sum(took)
 
-    async def _digest(self, url: str) -> GatewayDigest | None:
+    async def _digest(self, url: str, shown: str | None) -> GatewayDigest | None:
         try:
-            answer = await call_json(self._client, "GET", url, total_s=ANSWER_S, max_bytes=MAX_DIGEST_BYTES)
+            answer = await self._get(url, shown, MAX_DIGEST_BYTES)
             digest = GatewayDigest.model_validate(answer)
         except (HttpError, ValidationError) as error:
             self._log.debug("a gateway is silent", url=url, reason=_short(error))
@@ -78,10 +88,10 @@ class HttpFleet:
             return None
         return digest
 
-    async def _imbalance(self, url: str) -> list[float]:
+    async def _imbalance(self, url: str, shown: str | None) -> list[float]:
         """The largest layer's max/mean over EP ranks of each replica that had traffic."""
         try:
-            answer = await call_json(self._client, "GET", url, total_s=ANSWER_S, max_bytes=MAX_BOARD_BYTES)
+            answer = await self._get(url, shown, MAX_BOARD_BYTES)
             replicas = _REPLICAS.validate_python(answer)
         except (HttpError, ValidationError) as error:
             self._log.debug("a board is silent", url=url, reason=_short(error))
@@ -95,6 +105,9 @@ class HttpFleet:
                 found.append(max(honest))
         return found
 
+    async def _get(self, url: str, shown: str | None, max_bytes: int) -> Any:
+        return await call_json(self._client, "GET", url, total_s=ANSWER_S, max_bytes=max_bytes, token=shown)
+
     async def _put(self, url: str, envelope: object) -> bool:
         try:
             await call_json(self._client, "PUT", url, envelope, total_s=ANSWER_S, max_bytes=MAX_DIGEST_BYTES)
@@ -102,6 +115,15 @@ class HttpFleet:
             self._log.info("a gateway did not take the weights", url=url, reason=_short(error))
             return False
         return True
+
+    def _pass(self, deployment: str) -> str | None:
+        """None without a key: then no gateway of this release says anything."""
+        signer = self._signed_by()
+        if signer is None:
+            return None
+        if self._passes is None or self._passes.signer is not signer:
+            self._passes = Passes(signer, self._clock)
+        return self._passes.token(deployment)
 
     def _signed_by(self) -> Signer | None:
         """The signer, read again when its file has changed."""

@@ -1,6 +1,7 @@
 """The board: one named Ray actor of an application, with an HTTP side for tuner, gateway and Prometheus.
 
-Replicas reach it by actor calls, which Ray authenticates; a change of knobs comes by HTTP and must be signed.
+Replicas reach it by actor calls, which Ray authenticates; a change of knobs comes by HTTP and must be signed, and who
+asks there for more than health and metrics shows a pass.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pydantic import ValidationError
 
 from moe_core.clock import Clock, SystemClock
 from moe_core.config import ServingConfig
+from moe_core.door import guard
 from moe_core.log import configure, get_log
+from moe_core.passes import Door
 from moe_core.signing import CommandInvalid, SignatureRefused, Verifier, describe
 from moe_core.wire import Ack, ReplicaDigest, Signed
 from moe_serving.board_metrics import registry
@@ -43,7 +46,9 @@ class Board:
     ) -> None:
         configure()
         self._clock = clock or SystemClock()
-        self.state = BoardState(deployment, revision, Verifier(trusted_keys))
+        verifier = Verifier(trusted_keys)
+        self.state = BoardState(deployment, revision, verifier)
+        self._door = Door(deployment, lambda: verifier, self._clock)
         self._host, self._port = host, port
         self._runner: web.AppRunner | None = None
         self._changed = asyncio.Event()
@@ -56,7 +61,8 @@ class Board:
     async def start(self) -> str:
         """Listen, once; returns the base URL."""
         if self._runner is None:
-            app = web.Application(client_max_size=MAX_BODY_BYTES)
+            door = guard(self._door, frozenset({("POST", "/v1/knobs")}))
+            app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[door])
             app.add_routes(
                 [
                     web.post("/v1/knobs", self._post_knobs),

@@ -21,7 +21,11 @@ from typing import Any
 
 from aiohttp import web
 
+from moe_core.clock import SystemClock
 from moe_core.config import ServingConfig
+from moe_core.door import guard
+from moe_core.passes import Door
+from moe_core.signing import Verifier
 from moe_core.wire import EngineDigest, ExpertKnobs, LayerDigest, ReplicaDigest
 
 TOKENS = 4
@@ -116,7 +120,9 @@ async def serve(config: ServingConfig, mode: str) -> None:
     api.router.add_post("/v1/chat/completions", chat)
     api.router.add_post("/crash", crash)
     api.router.add_get("/v1/models", lambda _: _json({"data": [{"id": config.model}]}))
-    board = web.Application()
+    verifier = Verifier(config.trusted_keys)
+    door = guard(Door(config.deployment, lambda: verifier, SystemClock()), frozenset())
+    board = web.Application(middlewares=[door])
     board.router.add_get("/v1/digests", lambda _: _json(digests(config)))
     board.router.add_get("/metrics", lambda _: _text("fake_board 1\n"))
     port, board_port = await listen(api), await listen(board)

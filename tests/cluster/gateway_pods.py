@@ -91,13 +91,6 @@ class GatewayPods:
         pod: Pod = eventually(f"a gateway of {namespace}/{deployment} answers", found, timeout_s=60)
         return f"{pod.address}:{GATEWAY_PORT}"
 
-    def digest(self, namespace: str, deployment: str, window_s: float = 60.0) -> dict[str, Any]:
-        """What a gateway says of itself."""
-        host = self.address(namespace, deployment).split(":", maxsplit=1)[0]
-        answer = requests.get(f"http://{host}:{GATEWAY_ADMIN_PORT}/v1/digest?window={window_s}", timeout=5)
-        document: dict[str, Any] = answer.json()
-        return document
-
     def logs(self, namespace: str) -> str:
         return "\n".join(path.read_text() for path in sorted(self._folder.glob(f"{namespace}-*/log")))
 

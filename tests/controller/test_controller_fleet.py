@@ -12,6 +12,8 @@ import orjson
 import pytest
 from aiohttp import web
 
+from moe_core.clock import SystemClock
+from moe_core.passes import Door
 from moe_core.signing import Signer, Verifier
 from moe_core.wire import Signed, Weights
 from moe_operator.fleet import MAX_BOARD_BYTES, MAX_DIGEST_BYTES, HttpFleet
@@ -237,3 +239,23 @@ async def test_a_key_that_was_changed_is_read_again(serve: Serve, tmp_path: Path
         await made.send(SendWeights((pod,), WEIGHTS))
     await made.close()
     assert [Signed.model_validate_json(raw).key_id for raw in got] == [signer.key_id for signer in signers]
+
+
+async def test_who_is_asked_is_shown_a_pass_for_that_deployment_alone(serve: Serve, tmp_path: Path) -> None:
+    signer = Signer.generate()
+    signer.save(tmp_path / "key")
+    verifier, seen = Verifier([signer.public_pem()]), []
+
+    async def take(request: web.Request) -> web.Response:
+        shown = request.headers["Authorization"]
+        names = ("/".join(KEY), "another/moe")
+        seen.append([Door(name, lambda: verifier, SystemClock()).admits(shown) for name in names])
+        return web.json_response(digest() if request.path == "/v1/digest" else [replica("r1", 1.5)])
+
+    pod = await serve(**{"GET /v1/digest": take})
+    board = await serve(**{"GET /v1/digests": take})
+    made = HttpFleet(str(tmp_path / "key"))
+    found = await made.ask(ask(pod, boards=(f"http://{board}",)))
+    await made.close()
+    assert (len(found.digests), found.imbalance) == (1, 1.5)
+    assert seen == [[True, False]] * 2

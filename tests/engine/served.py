@@ -21,7 +21,9 @@ async def serve(checkpoint: str, family: str, dtype: str, path: Path) -> dict[st
     import httpx
     from ray.llm._internal.serve.engines.vllm.vllm_models import VLLMEngineConfig
 
+    from moe_core.clock import SystemClock
     from moe_core.config import ServingConfig
+    from moe_core.passes import Passes
     from moe_core.signing import Signer
     from moe_core.wire import ExpertKnobs, Knobs
     from moe_serving import builder
@@ -29,6 +31,7 @@ async def serve(checkpoint: str, family: str, dtype: str, path: Path) -> dict[st
     from moe_serving.server import MoEServer
 
     signer = Signer.generate()
+    passes = Passes(signer, SystemClock())
     deployment = f"default/{family.replace('_', '-')}"
     config = ServingConfig(
         deployment=deployment,
@@ -60,7 +63,8 @@ async def serve(checkpoint: str, family: str, dtype: str, path: Path) -> dict[st
     async with http, aiohttp.ClientSession() as session:
 
         async def read(what: str) -> Any:
-            async with session.get(url + what) as answer:
+            shown = {"Authorization": f"Bearer {passes.token(deployment)}"}
+            async with session.get(url + what, headers=shown) as answer:
                 return await answer.json()
 
         async def until(what: str, holds: Any) -> Any:

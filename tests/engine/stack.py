@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import psutil
 import requests
 
+from moe_core.clock import SystemClock
+from moe_core.passes import Passes
 from moe_core.signing import Signer
 from moe_core.wire import Knobs
 
@@ -81,8 +83,9 @@ class Stack:
         return found
 
     def get(self, url: str) -> Any:
-        answer = requests.get(url, timeout=10)
-        return answer.json()
+        """Asked with a pass by the stack's key."""
+        shown = Passes(self.signer(), SystemClock()).token(self.deployment)
+        return requests.get(url, headers={"Authorization": f"Bearer {shown}"}, timeout=10).json()
 
     def digest(self) -> dict[str, Any]:
         found: dict[str, Any] = self.get(f"{self.board}/v1/digests")[0]

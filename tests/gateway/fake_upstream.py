@@ -84,6 +84,8 @@ class FakeUpstream:
         self.gone = asyncio.Event()
         self.sent_bytes = 0
         self.digests: Any = []
+        self.passes: list[str] = []
+        """What was shown to the board, question by question; "" for nothing."""
         self.port = 0
 
     async def __aenter__(self) -> FakeUpstream:
@@ -115,7 +117,8 @@ class FakeUpstream:
     def board_url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def _digests(self, _: web.Request) -> web.Response:
+    async def _digests(self, request: web.Request) -> web.Response:
+        self.passes.append(request.headers.get("Authorization", ""))
         return web.json_response(self.digests)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:

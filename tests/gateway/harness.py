@@ -11,8 +11,9 @@ from typing import Any
 
 import aiohttp
 
-from moe_core.clock import Clock
+from moe_core.clock import Clock, SystemClock
 from moe_core.config import GatewayConfig
+from moe_core.passes import Passes
 from moe_core.signing import Signer
 from moe_core.wire import FallbackKnobs, Knobs, Weights
 from moe_gateway.server import GatewayServer
@@ -22,6 +23,8 @@ MODEL = "tiny"
 KEY = "sk-test-0123456789abcdef"
 SIGNER = Signer.generate()
 KEYS = (SIGNER.public_pem(),)
+PASS = {"Authorization": f"Bearer {Passes(SIGNER, SystemClock()).token('default/tiny')}"}
+"""For processes: theirs is the machine's clock."""
 
 
 def chat(stream: bool = True, **more: Any) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def config(local: FakeUpstream | list[FakeUpstream], *targets: FakeUpstream, **m
             for i, fake in enumerate(targets)
         ],
         "limits": {"firstTokenS": 5, "drainS": 5},
+        **({} if {"trusted_keys", "trustedKeys"} & more.keys() else {"trustedKeys": list(KEYS)}),
         **more,
     }
     return GatewayConfig.model_validate(document)
@@ -127,7 +131,10 @@ class Client:
             return await read(response)
 
     async def admin(self, method: str, path: str, body: object = None) -> Answer:
-        return await self.call(method, self.admin_url + path, None if body is None else json.dumps(body).encode())
+        """With a pass, as operator and tuner ask."""
+        shown = Passes(SIGNER, self.server.gateway.clock).token(self.server.gateway.config.deployment)
+        data = None if body is None else json.dumps(body).encode()
+        return await self.call(method, self.admin_url + path, data, Authorization=f"Bearer {shown}")
 
     async def digest(self, window_s: float = 60) -> dict[str, Any]:
         document: dict[str, Any] = (await self.admin("GET", f"/v1/digest?window={window_s}")).json

@@ -75,7 +75,7 @@ async def test_nonsense_is_refused_by_field(two: Two, body: bytes) -> None:
 
 
 async def test_without_trusted_keys_every_command_is_refused() -> None:
-    async with FakeUpstream() as local, running(config(local)) as client:
+    async with FakeUpstream() as local, running(config(local, trusted_keys=())) as client:
         assert (await send(client, knobs(1))).status == 403
 
 

@@ -12,16 +12,19 @@ import pytest
 from moe_cli.costs import show
 from moe_cli.outcome import Exit, Refusal
 from moe_cli.say import Say
+from moe_cli.showing import NO_KEY, Key
 from moe_core.costs import CostReport, CostRow, forecast, rent
 from moe_core.wire import EngineDigest, ReplicaDigest, Utilisation
 from moe_gateway.costs_api import report
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
-from tests.gateway.harness import chat, config, running, until
+from tests.gateway.harness import SIGNER, chat, config, running, until
 
 CALL_USD = (1000 * Decimal(5) + 7 * Decimal(30)) / 10**6
 
 
 async def test_costs_by_tenant_and_target_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SIGNER.save(tmp_path / "key")
+    key = Key(tmp_path / "key", "default/tiny")
     async with FakeUpstream() as local, FakeUpstream(Behaviour(prompt_tokens=1000, tokens=7)) as closed:
         await local.close()
         made = config(local, closed, price=("5", "30"), stateDir=str(tmp_path), spill={"usdPerDay": "1"})
@@ -30,7 +33,7 @@ async def test_costs_by_tenant_and_target_add_up(tmp_path: Path, capsys: pytest.
                 assert (await client.post(chat(max_tokens=9), x_moestack_tenant=tenant)).status == 200
             assert (await client.post(chat(max_tokens=9))).status == 200
             await until(lambda: not client.server.gateway.calls)
-            code = await show(tmp_path, Say(), url=client.admin_url, usd_per_gpu_hour=None, as_json=True)
+            code = await show(tmp_path, Say(), url=client.admin_url, usd_per_gpu_hour=None, as_json=True, key=key)
             found = json.loads(capsys.readouterr().out)
             assert code is Exit.OK
             rows = {row.get("tenant"): (row["target"], row["model"], Decimal(row["usd"])) for row in found["today"]}
@@ -43,7 +46,17 @@ async def test_costs_by_tenant_and_target_add_up(tmp_path: Path, capsys: pytest.
             assert Decimal(found["leftTodayUsd"]) == 1 - 4 * CALL_USD
             assert found["prices"][0]["source"] == "the resource"
             assert found["forecast"]["dayUsd"] >= float(4 * CALL_USD)
-            await show(tmp_path, Say(), url=client.admin_url, usd_per_gpu_hour=None, as_json=False)
+            for stranger, says in (
+                (NO_KEY, "give --key FILE"),
+                (Key(tmp_path / "key", "default/other"), "give --key FILE"),
+                (Key(tmp_path / "key"), "--deployment"),
+                (Key(tmp_path / "none", "default/tiny"), "--key"),
+            ):
+                with pytest.raises(Refusal, match=says):
+                    await show(
+                        tmp_path, Say(), url=client.admin_url, usd_per_gpu_hour=None, as_json=False, key=stranger
+                    )
+            await show(tmp_path, Say(), url=client.admin_url, usd_per_gpu_hour=None, as_json=False, key=key)
             text = capsys.readouterr().out
             assert "by tenant: acme $0.01042, (not known) $0.00521, umbrella $0.00521" in text
             assert "by model: closed-0 $0.02084" in text

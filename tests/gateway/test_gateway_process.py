@@ -23,7 +23,7 @@ from moe_core.wire import GatewayDigest
 from moe_gateway.__main__ import main
 from moe_gateway.settings import ConfigRefused, KeyFile, check
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
-from tests.gateway.harness import KEY, Answer, chat, config, read, until
+from tests.gateway.harness import KEY, PASS, Answer, chat, config, read, until
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("api", "core", "gateway")
@@ -162,7 +162,7 @@ async def test_a_mounted_configuration_is_followed_through_the_swap_of_its_link(
         ):
 
             async def digest() -> GatewayDigest:
-                async with session.get(f"http://127.0.0.1:{gateway.admin_port}/v1/digest") as response:
+                async with session.get(f"http://127.0.0.1:{gateway.admin_port}/v1/digest", headers=PASS) as response:
                     return GatewayDigest.model_validate_json(await response.read())
 
             assert (await digest()).config_hash == first
@@ -202,7 +202,7 @@ async def test_no_key_and_no_prompt_in_logs_metrics_or_errors(tmp_path: Path) ->
                         answer = await read(response)
                         seen += answer.body + repr(answer.headers).encode()
             for path in ("/metrics", "/v1/digest", "/readyz"):
-                async with session.get(f"http://127.0.0.1:{gateway.admin_port}{path}") as response:
+                async with session.get(f"http://127.0.0.1:{gateway.admin_port}{path}", headers=PASS) as response:
                     seen += await response.read()
             assert await gateway.terminate() == 0
         assert {headers["Authorization"] for headers in target.headers} == {f"Bearer {KEY}"}

@@ -214,7 +214,11 @@ async def test_what_is_in_force_is_told_by_the_hash_of_its_file(tmp_path: Path) 
 
 async def test_every_hot_field_acts_at_once(tmp_path: Path) -> None:
     other = Signer.generate()
-    async with FakeUpstream() as local, FakeUpstream() as api, followed(config(local), tmp_path) as gateway:
+    async with (
+        FakeUpstream() as local,
+        FakeUpstream() as api,
+        followed(config(local, trusted_keys=()), tmp_path) as gateway,
+    ):
         client = gateway.client
         assert (await send(client, knobs(1))).status == 403
         await gateway.put(config(local, trusted_keys=KEYS))

@@ -23,7 +23,7 @@ from moe_core.signing import Signer
 from moe_core.wire import Knobs, Weights
 from moe_gateway.settings import ConfigRefused, check
 from tests.gateway.fake_upstream import Behaviour, FakeUpstream
-from tests.gateway.harness import KEYS, SIGNER, Answer, chat, config, knobs, read, until, weights
+from tests.gateway.harness import KEYS, PASS, SIGNER, Answer, chat, config, knobs, read, until, weights
 
 PRICE = ("5", "30")
 CALL_USD = Decimal("0.0095")  # 100 prompt tokens and 300 of output
@@ -47,7 +47,7 @@ class Pod:
             return await read(response)
 
     async def admin(self, path: str) -> Answer:
-        async with self.session.get(f"http://127.0.0.1:{self.admin_port}{path}") as response:
+        async with self.session.get(f"http://127.0.0.1:{self.admin_port}{path}", headers=PASS) as response:
             return await read(response)
 
     async def digest(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 
 from moe_core.clock import SystemClock
 from moe_core.log import get_log
+from moe_core.passes import Passes
 from moe_core.signing import Signer, Verifier
 from moe_core.wire import EngineKnobs, ExpertKnobs, ExpertMatrix, Knobs, Overflow
 from moe_serving import link as link_module
@@ -22,6 +23,7 @@ from moe_serving.link import Link
 
 SIGNER = Signer.generate()
 DEPLOYMENT = "default/tiny"
+PASS = {"Authorization": f"Bearer {Passes(SIGNER, SystemClock()).token(DEPLOYMENT)}"}
 
 
 SHAPES = {
@@ -103,7 +105,7 @@ class World:
         return self.board
 
     async def get(self, path: str) -> tuple[int, Any]:
-        async with aiohttp.ClientSession() as client, client.get(self.url + path) as answer:
+        async with aiohttp.ClientSession() as client, client.get(self.url + path, headers=PASS) as answer:
             text = await answer.text()
             return answer.status, json.loads(text) if answer.content_type == "application/json" else text
 
@@ -338,3 +340,18 @@ async def test_the_matrix_is_fetched_on_request(world: World) -> None:
 async def test_two_who_ask_for_the_matrix_at_once_are_both_answered(world: World) -> None:
     answers = await asyncio.gather(*(world.get("/v1/experts") for _ in range(3)))
     assert [len(matrices) for _, matrices in answers] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("shown", [{}, {"Authorization": "Bearer x"}, {"Authorization": PASS["Authorization"][:-8]}])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
+@pytest.mark.parametrize("path", ["/v1/knobs", "/v1/acks", "/v1/digests", "/v1/experts", "/v1/none", "/", "/METRICS"])
+async def test_a_stranger_learns_nothing(world: World, method: str, path: str, shown: dict[str, str]) -> None:
+    async with aiohttp.ClientSession() as client, client.request(method, world.url + path, headers=shown) as answer:
+        assert answer.status == 401
+        assert DEPLOYMENT.encode() not in await answer.read()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz"])
+async def test_who_scrapes_and_probes_needs_no_pass(world: World, path: str) -> None:
+    async with aiohttp.ClientSession() as client, client.get(world.url + path) as answer:
+        assert answer.status == 200

@@ -27,7 +27,7 @@ async def board_of(kind: str, signer: Signer) -> AsyncIterator[str]:
         async with served(FakeBoard(signer).routes()) as url:
             yield url
         return
-    board = Board(DEPLOYMENT, "local", [signer.public_pem()], "127.0.0.1", 0)
+    board = Board(DEPLOYMENT, "local", [signer.public_pem()], "127.0.0.1", 0, InstantClock())
     url = await board.start()
     try:
         await board.register("r0", 2, None)
@@ -61,7 +61,8 @@ async def test_statuses_of_a_post(kind: str) -> None:
             async with client.post(f"{url}/v1/knobs", json=envelope.to_json()) as response:
                 return response.status, await response.json()
 
-        assert (await client.get(f"{url}/v1/knobs")).status == 404
+        shown = {"Authorization": f"Bearer {actuator(url, signer, client).shown}"}
+        assert (await client.get(f"{url}/v1/knobs", headers=shown)).status == 404
         assert await post(2, "1.5") == (202, {"version": 2})
         assert await post(2, "1.5") == (200, {"version": 2})
         status, answer = await post(1, "1.5")

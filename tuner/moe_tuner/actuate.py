@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from moe_core.clock import Clock
 from moe_core.http import HttpError, call_json
 from moe_core.log import Log
+from moe_core.passes import Passes
 from moe_core.retry import Backoff, retry
 from moe_core.setting import Setting
 from moe_core.signing import Signer
@@ -96,6 +97,7 @@ class Actuator:
         self.found_key = ""
         """Id of the key that signed the knobs that the board hands out."""
         self._signer = signer
+        self._passes = Passes(signer, clock)
         self._client = client
         self._clock = clock
         self._log = log
@@ -110,6 +112,11 @@ class Actuator:
         self._gateway_errors = {url: why for url, why in self._gateway_errors.items() if url in self.gateways}
 
     @property
+    def shown(self) -> str:
+        """The pass for what is read of this deployment."""
+        return self._passes.token(self._deployment)
+
+    @property
     def signed_by_us(self) -> bool:
         """Whether what the board hands out was signed by our key: by this process, or one like it."""
         return self.found_key == self._signer.key_id
@@ -121,7 +128,7 @@ class Actuator:
     async def current(self) -> Knobs | None:
         """The knobs that the board hands out now; None when it has none. Raises HttpError where it does not answer."""
         try:
-            answer = await call_json(self._client, "GET", f"{self._board}/v1/knobs", total_s=CALL_S)
+            answer = await call_json(self._client, "GET", f"{self._board}/v1/knobs", total_s=CALL_S, token=self.shown)
         except HttpError as error:
             if error.status == 404:
                 return None
@@ -171,7 +178,8 @@ class Actuator:
         """Who has acknowledged by now."""
         version = sent.knobs.version
         try:
-            answer = await call_json(self._client, "GET", f"{self._board}/v1/acks?version={version}", total_s=CALL_S)
+            url = f"{self._board}/v1/acks?version={version}"
+            answer = await call_json(self._client, "GET", url, total_s=CALL_S, token=self.shown)
             acks = [Ack.model_validate(item) for item in answer["acks"]]
             expected = [(str(item["replica"]), int(item["ranks"])) for item in answer["expected"]]
             complete = bool(answer["complete"])

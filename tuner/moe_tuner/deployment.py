@@ -11,6 +11,7 @@ import aiohttp
 from moe_core.clock import Clock
 from moe_core.config import TunerConfig
 from moe_core.log import Log
+from moe_core.passes import Passes
 from moe_core.retry import Backoff
 from moe_core.signing import Signer, Verifier
 from moe_core.wire import Signed, TuningOrders
@@ -60,6 +61,7 @@ class Deployment:
         self._phase_s = phase_s
         self._log = shared.log.bind(deployment=config.deployment)
         self._signer: Signer | None = None
+        self._passes: Passes | None = None
         self._actuator: Actuator | None = None
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -88,6 +90,11 @@ class Deployment:
             if self._actuator is not None:
                 self._actuator.reach(config.gateway_admin_urls)
         self._log.info("configuration in force", mode=config.mode, paused=config.paused, started_again=bool(moved))
+
+    @property
+    def shown(self) -> str | None:
+        """The pass for what the console reads of this deployment; None before the first start."""
+        return None if self._passes is None else self._passes.token(self.name)
 
     def obey(self, envelope: Signed) -> TuningOrders:
         """A person's signed orders. Raises OrdersRefused, SignatureRefused or CommandInvalid."""
@@ -129,6 +136,7 @@ class Deployment:
         config, shared, log = self._config, self._shared, self._log
         clock, client = shared.clock, shared.client
         self._signer = load_signer(config.signing_key_file)
+        self._passes = Passes(self._signer, clock)
         live = Live(config, log)
         prometheus = Prometheus(config.prometheus_url, config.deployment, shared.workers)
         exporter = Exporter(config.deployment, shared.families)

@@ -73,6 +73,11 @@ class Fleet:
             return next(iter(self._members.values())) if len(self._members) == 1 else None
         return self._members.get(name)
 
+    def shown(self, name: str) -> str | None:
+        """The pass for what is read of a deployment's gateways and boards."""
+        member = self._members.get(name)
+        return None if member is None else member.shown
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(sorted({*self._members, *self._refused}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from pydantic import TypeAdapter, ValidationError
@@ -60,9 +61,7 @@ class World:
 
     async def _replicas(self) -> tuple[ReplicaDigest, ...] | str:
         try:
-            return _REPLICAS.validate_python(
-                await call_json(self._client, "GET", f"{self._board}/v1/digests", total_s=READ_S)
-            )
+            return _REPLICAS.validate_python(await self._get(f"{self._board}/v1/digests"))
         except HttpError:
             return f"board at {self._board}"
         except ValidationError:
@@ -76,12 +75,14 @@ class World:
 
     async def _gateway(self, url: str) -> GatewayDigest | str:
         try:
-            answer = await call_json(self._client, "GET", f"{url}/v1/digest?window={GATEWAY_WINDOW_S}", total_s=READ_S)
-            return GatewayDigest.model_validate(answer)
+            return GatewayDigest.model_validate(await self._get(f"{url}/v1/digest?window={GATEWAY_WINDOW_S}"))
         except HttpError:
             return f"gateway at {url}"
         except ValidationError:
             return f"gateway at {url} (its digest cannot be read)"
+
+    async def _get(self, url: str) -> Any:
+        return await call_json(self._client, "GET", url, total_s=READ_S, token=self._actuator.shown)
 
 
 def boot_setting(replicas: Iterable[ReplicaDigest]) -> Setting | None:

@@ -116,7 +116,7 @@ class Console:
         log: Log,
     ) -> None:
         self._fleet, self._config, self._tokens, self._clock, self._log = fleet, config, tokens, clock, log
-        self._sources = Sources(client, clock, config.usd_per_gpu_hour)
+        self._sources = Sources(client, clock, config.usd_per_gpu_hour, fleet.shown)
         self._series: dict[str, Series] = {}
         self._pages = pages.load()
 

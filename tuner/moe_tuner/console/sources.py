@@ -62,8 +62,15 @@ class Kept(Generic[V]):
 class Sources:
     """Costs and expert loads of deployments, by their configuration."""
 
-    def __init__(self, client: aiohttp.ClientSession, clock: Clock, usd_per_gpu_hour: float | None) -> None:
-        self._client, self._clock, self._rent = client, clock, usd_per_gpu_hour
+    def __init__(
+        self,
+        client: aiohttp.ClientSession,
+        clock: Clock,
+        usd_per_gpu_hour: float | None,
+        shown: Callable[[str], str | None],
+    ) -> None:
+        """`shown`: the pass that opens what belongs to a deployment."""
+        self._client, self._clock, self._rent, self._shown = client, clock, usd_per_gpu_hour, shown
         self._costs = Kept[Costs](clock, COSTS_KEPT_S)
         self._matrices = Kept[list[ExpertMatrix]](clock, EXPERTS_KEPT_S)
         self._before: dict[str, list[dict[str, ExpertMatrix]]] = {}
@@ -78,7 +85,7 @@ class Sources:
 
     async def experts(self, config: TunerConfig, *, since_start: bool) -> list[ExpertMatrix]:
         """All replicas' matrices, of the last seconds or since they started. Raises Unanswered."""
-        found = await self._matrices.get(config.board_url, lambda: self._ask_experts(config.board_url))
+        found = await self._matrices.get(config.board_url, lambda: self._ask_experts(config))
         if since_start or not found:
             return found
         before = self._window(config.board_url, found)
@@ -96,39 +103,39 @@ class Sources:
         old = [row for row in kept if now_s - max(m.at_s for m in row.values()) >= WINDOW_LEAST_S]
         return old[-1] if old else kept[0]
 
-    async def _ask_experts(self, board: str) -> list[ExpertMatrix]:
-        raw = await self._ask(f"{board.rstrip('/')}/v1/experts", EXPERTS_S, "the board")
+    async def _ask_experts(self, config: TunerConfig) -> list[ExpertMatrix]:
+        board, shown = config.board_url.rstrip("/"), self._shown(config.deployment)
+        raw = await self._ask(f"{board}/v1/experts", shown, EXPERTS_S, "the board")
         return self._read(_MATRICES.validate_python, raw, "the board")
 
     async def _ask_costs(self, config: TunerConfig) -> Costs:
         """From the first gateway that answers: all of them share one set of books."""
-        said = "no gateway is configured"
+        said, shown = "no gateway is configured", self._shown(config.deployment)
         for url in config.gateway_admin_urls:
             base = url.rstrip("/")
             try:
-                report = self._read(
-                    CostReport.model_validate, await self._ask(f"{base}/v1/costs", ASK_S, "the gateway"), "the gateway"
-                )
-                raw = await self._ask(f"{base}/v1/digest?window={DIGEST_WINDOW_S}", ASK_S, "the gateway")
+                raw = await self._ask(f"{base}/v1/costs", shown, ASK_S, "the gateway")
+                report = self._read(CostReport.model_validate, raw, "the gateway")
+                raw = await self._ask(f"{base}/v1/digest?window={DIGEST_WINDOW_S}", shown, ASK_S, "the gateway")
                 digest = self._read(GatewayDigest.model_validate, raw, "the gateway")
             except Unanswered as error:
                 said = str(error)
                 continue
-            return costs(report, digest, await self._replicas(config.board_url), self._rent)
+            return costs(report, digest, await self._replicas(config.board_url, shown), self._rent)
         raise Unanswered(said)
 
-    async def _replicas(self, board: str) -> tuple[ReplicaDigest, ...]:
+    async def _replicas(self, board: str, shown: str | None) -> tuple[ReplicaDigest, ...]:
         if self._rent is None:
             return ()
         try:
-            raw = await self._ask(f"{board.rstrip('/')}/v1/digests", ASK_S, "the board")
+            raw = await self._ask(f"{board.rstrip('/')}/v1/digests", shown, ASK_S, "the board")
             return self._read(_REPLICAS.validate_python, raw, "the board")
         except Unanswered:
             return ()
 
-    async def _ask(self, url: str, total_s: float, who: str) -> Any:
+    async def _ask(self, url: str, shown: str | None, total_s: float, who: str) -> Any:
         try:
-            return await call_json(self._client, "GET", url, total_s=total_s, max_bytes=MOST_BYTES)
+            return await call_json(self._client, "GET", url, total_s=total_s, max_bytes=MOST_BYTES, token=shown)
         except HttpError as error:
             # Its address is no business of who may only look.
             why = f"HTTP {error.status}" if error.status else "no answer"

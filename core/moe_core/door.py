@@ -1,0 +1,28 @@
+"""A `Door` before an HTTP server: health and metrics are open, commands prove themselves, all else wants a pass."""
+
+from __future__ import annotations
+
+import orjson
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from moe_core.passes import Door
+
+OPEN = frozenset({"/metrics", "/healthz", "/readyz"})
+"""Asked by Prometheus and by kubelets, which bring no proof."""
+
+
+def guard(door: Door, commands: frozenset[tuple[str, str]]) -> Middleware:
+    """`commands`: (method, path) of what is signed in its body."""
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        reads = request.method in ("GET", "HEAD")
+        admitted = door.admits(request.headers.get("Authorization", ""))
+        if admitted or (reads and request.path in OPEN) or (request.method, request.path) in commands:
+            return await handler(request)
+        said = {"error": "a read pass is needed, signed by a key that is trusted here for this deployment"}
+        headers = {"WWW-Authenticate": "Bearer"}
+        return web.Response(status=401, body=orjson.dumps(said), headers=headers, content_type="application/json")
+
+    return guarded
