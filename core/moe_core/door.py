@@ -12,14 +12,15 @@ OPEN = frozenset({"/metrics", "/healthz", "/readyz"})
 """Asked by Prometheus and by kubelets, which bring no proof."""
 
 
-def guard(door: Door, commands: frozenset[tuple[str, str]]) -> Middleware:
-    """`commands`: (method, path) of what is signed in its body."""
+def guard(door: Door, commands: frozenset[tuple[str, str]], open_too: frozenset[str] = frozenset()) -> Middleware:
+    """`commands`: (method, path) of what is signed in its body. `open_too`: paths that anybody may read here."""
+    readable = OPEN | open_too
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         reads = request.method in ("GET", "HEAD")
         admitted = door.admits(request.headers.get("Authorization", ""))
-        if admitted or (reads and request.path in OPEN) or (request.method, request.path) in commands:
+        if admitted or (reads and request.path in readable) or (request.method, request.path) in commands:
             return await handler(request)
         said = {"error": "a read pass is needed, signed by a key that is trusted here for this deployment"}
         headers = {"WWW-Authenticate": "Bearer"}

@@ -1,7 +1,7 @@
 """Who may read the state of a gateway or a board: who shows a pass, signed by a key whose public half is trusted there.
 
 A pass names one deployment and ends after ten minutes, so that one that was seen on the wire opens little, and not for
-long. A gateway has no key: it shows boards the pass that operator or tuner last showed it.
+long.
 """
 
 from __future__ import annotations
@@ -52,12 +52,6 @@ class Door:
         self._deployment, self._verifier, self._clock = deployment, verifier, clock
         self._known: dict[str, float] = {}
         self._known_by: Verifier | None = None
-
-    @property
-    def shown(self) -> str | None:
-        """Of the passes that were shown, the one that holds longest; None where none holds now."""
-        token, until_s = max(self._known.items(), key=lambda item: item[1], default=("", 0.0))
-        return token if until_s > self._clock.time() else None
 
     def admits(self, authorization: str) -> bool:
         """Whether this value of the header `Authorization` is a pass that holds here and now."""

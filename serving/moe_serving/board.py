@@ -1,7 +1,7 @@
 """The board: one named Ray actor of an application, with an HTTP side for tuner, gateway and Prometheus.
 
 Replicas reach it by actor calls, which Ray authenticates; a change of knobs comes by HTTP and must be signed, and who
-asks there for more than health and metrics shows a pass.
+asks there for more than health, metrics and digests shows a pass.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ MATRIX_WAIT_S = 3.0
 MAX_BODY_BYTES = 128 * 1024
 START_S = 60.0
 """Longest wait for a new board to listen."""
+GATEWAYS_READ = frozenset({"/v1/digests"})
+"""Open to gateways, which have no key and have to outlive operator and tuner. It tells what /metrics tells: loads."""
 
 log = get_log("board")
 
@@ -61,7 +63,7 @@ class Board:
     async def start(self) -> str:
         """Listen, once; returns the base URL."""
         if self._runner is None:
-            door = guard(self._door, frozenset({("POST", "/v1/knobs")}))
+            door = guard(self._door, frozenset({("POST", "/v1/knobs")}), GATEWAYS_READ)
             app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[door])
             app.add_routes(
                 [

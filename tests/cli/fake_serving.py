@@ -27,6 +27,7 @@ from moe_core.door import guard
 from moe_core.passes import Door
 from moe_core.signing import Verifier
 from moe_core.wire import EngineDigest, ExpertKnobs, LayerDigest, ReplicaDigest
+from moe_serving.board import GATEWAYS_READ
 
 TOKENS = 4
 
@@ -121,7 +122,7 @@ async def serve(config: ServingConfig, mode: str) -> None:
     api.router.add_post("/crash", crash)
     api.router.add_get("/v1/models", lambda _: _json({"data": [{"id": config.model}]}))
     verifier = Verifier(config.trusted_keys)
-    door = guard(Door(config.deployment, lambda: verifier, SystemClock()), frozenset())
+    door = guard(Door(config.deployment, lambda: verifier, SystemClock()), frozenset(), GATEWAYS_READ)
     board = web.Application(middlewares=[door])
     board.router.add_get("/v1/digests", lambda _: _json(digests(config)))
     board.router.add_get("/metrics", lambda _: _text("fake_board 1\n"))

@@ -64,7 +64,6 @@ def test_who_is_let_in(shown: Callable[[float], str], wanted: bool) -> None:
     header = shown(clock.time())
     assert it.admits(header) is wanted
     assert it.admits(header) is wanted, "and the second time alike"
-    assert (it.shown is not None) is wanted
 
 
 def test_without_trusted_keys_nobody_is_let_in() -> None:
@@ -76,10 +75,8 @@ async def test_a_pass_ends_though_it_was_good_before() -> None:
     clock = FakeClock()
     it, token = door(clock, SIGNER), passing(clock.time() + 60)
     assert it.admits(f"Bearer {token}")
-    assert it.shown == token
     await clock.advance(60)
     assert not it.admits(f"Bearer {token}")
-    assert it.shown is None
 
 
 def test_a_key_that_is_trusted_no_longer_opens_nothing() -> None:
@@ -97,7 +94,6 @@ def test_many_passes_are_not_all_remembered() -> None:
     for second in range(1, 3 * REMEMBERED):
         assert it.admits(f"Bearer {passing(clock.time() + second)}")
     assert len(it._known) == REMEMBERED
-    assert it.shown == passing(clock.time() + 3 * REMEMBERED - 1)
 
 
 async def test_a_pass_is_signed_anew_before_it_ends_and_not_for_each_question() -> None:

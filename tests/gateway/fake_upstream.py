@@ -84,8 +84,6 @@ class FakeUpstream:
         self.gone = asyncio.Event()
         self.sent_bytes = 0
         self.digests: Any = []
-        self.passes: list[str] = []
-        """What was shown to the board, question by question; "" for nothing."""
         self.port = 0
 
     async def __aenter__(self) -> FakeUpstream:
@@ -117,8 +115,7 @@ class FakeUpstream:
     def board_url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def _digests(self, request: web.Request) -> web.Response:
-        self.passes.append(request.headers.get("Authorization", ""))
+    async def _digests(self, _: web.Request) -> web.Response:
         return web.json_response(self.digests)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
