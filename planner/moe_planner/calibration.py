@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from moe_planner.roofline import Peaks, Rates
-from moe_planner.work import Gemm
+from moe_planner.work import BLOCK, Gemm
 
 FILE = "calibration.toml"
 DEFAULT_ENGINE = "vllm"
@@ -32,7 +32,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "gemm_16": Bounds(0.15, 0.6, 0.9),
     "gemm_8": Bounds(0.1, 0.5, 0.9),
     "gemm_4": Bounds(0.05, 0.35, 0.9),
-    "blocks": Bounds(0.4, 0.8, 1.0),
+    "blocks": Bounds(0.02, 0.25, 1.0),
     "dequantised": Bounds(0.05, 0.35, 0.9),
     "core": Bounds(0.05, 0.4, 0.9),
     "flash": Bounds(0.1, 0.5, 0.9),
@@ -49,11 +49,11 @@ BOUNDS: Mapping[str, Bounds] = {
     "call_s": Bounds(2e-6, 15e-6, 100e-6),
     "cold_s": Bounds(10.0, 90.0, 240.0),
 }
-"""Shares of peaks (bandwidth; GEMM by bytes of an operand, and what is left of it with scales in blocks; attention;
-links); of prompts that hold up other ranks; the time of work `elsewhere` than on NVIDIA's GPUs; the width at which
-experts' GEMMs take twice as long on GPUs with FP4 units; rows that fill up a tile: half of 16; and seconds: a kernel's
-launch, a step, a sequence in it, a collective, and the compiling that a first burst waits for: it starts between
-SGLang's 108 s (issue 4773) and vLLM's 48 to 83 s (pull request 22215)."""
+"""Shares of peaks (bandwidth; GEMM by bytes of an operand; of FP32 where `blocks` are added up; attention; links);
+of prompts that hold up other ranks; the time of work `elsewhere` than on NVIDIA's GPUs; the width at which experts'
+GEMMs take twice as long on GPUs with FP4 units; rows that fill up a tile: half of 16; and seconds: a kernel's launch, a
+step, a sequence in it, a collective, and the compiling that a first burst waits for: it starts between SGLang's 108 s
+(issue 4773) and vLLM's 48 to 83 s (pull request 22215)."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Factors:
         return Rates(
             bandwidth=peaks.bandwidth * self.bandwidth / work,
             cache=peaks.bandwidth * self.cache / work,
-            linear_flops=peaks.linear[0] * self.gemm(peaks.linear[1]) * arithmetic,
-            mlp_flops=peaks.mlp[0] * self.gemm(peaks.mlp[1]) * arithmetic,
-            expert_flops=peaks.experts[0] * self.gemm(peaks.experts[1]) * arithmetic,
+            linear_flops=self.product(*peaks.linear, arithmetic, peaks.vector / work),
+            mlp_flops=self.product(*peaks.mlp, arithmetic, peaks.vector / work),
+            expert_flops=self.product(*peaks.experts, arithmetic, peaks.vector / work),
             head_flops=peaks.wide[0] * self.gemm_16 * arithmetic,
             core_flops=peaks.attention * self.core * arithmetic,
             flash_flops=peaks.prompts * self.flash * arithmetic,
@@ -118,15 +118,24 @@ class Factors:
             call_s=self.call_s * slow,
         )
 
+    def product(self, peak: float, kind: Gemm, attained: float, vector: float) -> float:
+        """Operations a second of matrix products. `attained`: beside the shares; `vector`: peak in FP32.
+
+        With scales in blocks the sum over each block's columns, two operations for each of them, leaves the matrix
+        units, and the cores beside them scale and add it: two operations more.
+        """
+        units = peak * self.gemm(kind) * attained
+        if kind != "8 in blocks":
+            return units
+        return 1.0 / (1.0 / units + 1.0 / (BLOCK * vector * self.blocks))
+
     def gemm(self, kind: Gemm) -> float:
         """Share of peak."""
         match kind:
             case "16":
                 return self.gemm_16
-            case "8":
+            case "8" | "8 in blocks":
                 return self.gemm_8
-            case "8 in blocks":
-                return self.gemm_8 * self.blocks
             case "4":
                 return self.gemm_4
             case "dequantised":

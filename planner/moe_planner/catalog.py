@@ -295,7 +295,7 @@ SPEEDS = {
 FLOPS = {"tflops_16bit": 2.0, "tflops_8bit": 1.0, "tflops_4bit": 0.5}
 ACCELERATOR_FIGURES = (
     *("memory_mib", "memory_gb", "gpus_per_node", "domain_gpus", "rent_usd_per_hour"),
-    *("measured_tflops_16bit", "host_time_ratio", *SPEEDS, *FLOPS),
+    *("tflops_32bit", "measured_tflops_16bit", "host_time_ratio", *SPEEDS, *FLOPS),
 )
 
 
@@ -329,6 +329,7 @@ def _accelerator(name: str, entry: Mapping[str, Any]) -> Accelerator:
         rent_usd_per_hour=values.get("rent_usd_per_hour"),
         domain_gpus=int(values.get("domain_gpus", per_node)),
         aliases=tuple(_words(entry, "aliases", name)),
+        vector_flops=values["tflops_32bit"] * 1e12 if "tflops_32bit" in values else None,
         measured_flops_16bit=values["measured_tflops_16bit"] * 1e12 if "measured_tflops_16bit" in values else None,
         host_time_ratio=values.get("host_time_ratio", 1.0),
         **{field_name: values[key] * GB for key, field_name in SPEEDS.items() if key in values},

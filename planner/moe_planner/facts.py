@@ -154,6 +154,7 @@ class Accelerator:
     nic_bytes_s: float | None = None
     rent_usd_per_hour: float | None = None  # one GPU, on demand
     domain_gpus: int = 8  # GPUs that NVLink or its like joins
+    vector_flops: float | None = None  # in FP32, of the cores beside the matrix units (CUDA cores)
     measured_flops_16bit: float | None = None  # of large matrices, as others timed them; None: nobody's is known
     host_time_ratio: float = 1.0  # time of work on its host's processor over that of an x86 server
     aliases: tuple[str, ...] = ()

@@ -162,7 +162,8 @@ def _options(
         replicas = gpus // layout.gpus
         share = Load(load.input_tokens, load.output_tokens, max(1, load.concurrency // replicas), load.cached_share)
         try:
-            found.append(speed.prepare(ask, layout, share, catalog, *table.admission(row, table.engine(row["engine"]))))
+            told = speed.prepare(ask, layout, share, catalog, *table.admission(row, table.engine(row["engine"])))
+            found.append(replace(told, graphs=table.graphs(row)))
         except SpeedUnknown as error:
             why = error
     if not found:

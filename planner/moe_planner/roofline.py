@@ -8,7 +8,7 @@ filled up with rows, and narrow experts leave large ones unfilled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moe_planner.catalog import ModelFacts
@@ -35,9 +35,9 @@ SCALAR = Ops(max, min, math.exp, math.sqrt, math.log)
 class Peaks:
     """A GPU's peaks, a second. Pairs: operations, and the kind of GEMM. `wide`: 16-bit, for the head.
 
-    `attention`: of decode, `prompts`: of prompts' attention. `fp4`: whether its matrix units take FP4, and large tiles.
-    `attained`: what is measured of the arithmetic peak over what is measured of other GPUs' peaks. `host`: time of work
-    on its host's processor over that of an x86 server.
+    `attention`: of decode, `prompts`: of prompts' attention. `vector`: in FP32, beside the matrix units.
+    `fp4`: whether its matrix units take FP4, and large tiles. `attained`: what is measured of the arithmetic peak over
+    what is measured of other GPUs' peaks. `host`: time of work on its host's processor over that of an x86 server.
     """
 
     bandwidth: Number
@@ -49,6 +49,7 @@ class Peaks:
     experts: tuple[Number, Gemm]
     attention: Number
     prompts: Number
+    vector: Number
     fp4: bool = False
     nvidia: bool = True
     attained: Number = 1.0
@@ -148,10 +149,29 @@ def _extreme(ranks: Number, ops: Ops) -> Number:
     return ops.sqrt(2.0 * ops.log(ranks))
 
 
+def captured(sequences: float, graphs: Sequence[int]) -> float:
+    """Rows that a decode step of so many sequences computes, where it is padded to the next CUDA graph's batch.
+
+    Steps above the largest graph, and engines that pad nothing (no graphs), run as they are.
+    """
+    return next((float(size) for size in graphs if size >= sequences), sequences)
+
+
 def seconds(
-    w: Work, r: Rates, tokens: Number, core: tuple[Number, Number], sampled: Number, route: Routing, ops: Ops
+    w: Work,
+    r: Rates,
+    tokens: Number,
+    core: tuple[Number, Number],
+    sampled: Number,
+    route: Routing,
+    ops: Ops,
+    computed: Number | None = None,
 ) -> Parts:
-    """Seconds of one pass of `tokens` tokens of each data rank; `core`: seconds of attention (reading, computing)."""
+    """Seconds of one pass of `tokens` tokens of each data rank; `core`: seconds of attention (reading, computing).
+
+    `computed`: rows of matrix products, where a step is padded to more than its tokens.
+    """
+    wide = tokens if computed is None else computed
     group = tokens * w.data
     share = route.share(w, group, ops)
     mean = ops.maximum(group * w.topk / w.expert_ranks, 1e-9)
@@ -160,16 +180,16 @@ def seconds(
         placed = 1.0 + r.spread * _extreme(w.expert_ranks, ops) * ops.sqrt(w.expert_ranks / w.experts)
     factor = straggler(placed, mean, w.expert_ranks, route.gamma, ops)
     linear_read = w.linear_bytes / r.bandwidth
-    rows = tokens + r.padding
+    rows = wide + r.padding
     linear_work = rows * w.linear_flops / r.linear_flops
     head_read = w.head_bytes / r.bandwidth
-    head_work = (sampled + r.padding * (sampled > 0)) * w.head_flops / r.head_flops
+    head_work = (sampled > 0) * rows * w.head_flops / r.head_flops
     mlp_read, mlp_work = w.mlp_bytes / r.bandwidth, rows * w.mlp_flops / r.mlp_flops
     # GEMMs of few rows hide their reading badly: the sum is nearer to what is measured than the longer of the two.
     linear = linear_read + linear_work + mlp_read + mlp_work + head_read + head_work
     expert_read = ops.minimum(share * factor, 1.0) * w.expert_bytes / r.bandwidth
     # Every expert that is touched fills up a tile of its own: that many rows in place of one token's k.
-    slots = group + r.padding * share * w.experts / w.topk
+    slots = wide * w.data + r.padding * share * w.experts / w.topk
     expert_work = slots * factor * (1.0 + r.narrow / w.expert_width) * w.expert_flops / r.expert_flops
     experts = expert_read + expert_work
     core_read, core_work = core
@@ -183,10 +203,13 @@ def seconds(
     return Parts(linear, experts, attention, sent, launch, computing)
 
 
-def decode(w: Work, r: Rates, sequences: Number, route: Routing = USUAL, ops: Ops = SCALAR) -> Parts:
-    """One decode step of a stage with `sequences` sequences on each data rank."""
+def decode(
+    w: Work, r: Rates, sequences: Number, route: Routing = USUAL, ops: Ops = SCALAR, graphs: Sequence[int] = ()
+) -> Parts:
+    """One decode step of a stage with `sequences` sequences on each data rank, padded to the next of `graphs`."""
     core = (sequences * w.cache_bytes / r.cache, sequences * w.decode_flops / r.core_flops)
-    return seconds(w, r, sequences, core, sequences, route, ops)
+    rows = captured(sequences, graphs) if graphs else None
+    return seconds(w, r, sequences, core, sequences, route, ops, rows)
 
 
 def prefill(w: Work, r: Rates, tokens: Number, route: Routing = USUAL, ops: Ops = SCALAR) -> Parts:
@@ -214,6 +237,7 @@ def cycle(
     chunk: Number,
     route: Routing = USUAL,
     ops: Ops = SCALAR,
+    graphs: Sequence[int] = (),
 ) -> Cycle:
     """Closed form: while a sequence yields `output` tokens, each of the rank's others ends and is replaced once.
 
@@ -222,7 +246,7 @@ def cycle(
     """
     own = running / w.data
     batch = ops.maximum(own / w.pipeline, 1.0 / w.data)
-    step = decode(w, r, batch, route, ops)
+    step = decode(w, r, batch, route, ops, graphs)
     step_s = step.total * w.pipeline
     tokens = ops.maximum(ops.minimum(own * new, chunk), 1.0)
     prompt_s = new * prefill(w, r, tokens, route, ops).total / tokens

@@ -21,6 +21,8 @@ that sequences need not be evicted."""
 MEASURED = 0.8
 """Share of the 16-bit peak that timed matrix products reach on the GPUs to which GEMM shares were fitted: 0.80 on H100
 and H200, 0.85 on A100, 0.75 on B200 (docs/speed.md). A GPU that nobody has timed is taken to reach it too."""
+VECTOR = 30.0
+"""FP8 peak over the FP32 peak of the cores beside the matrix units where nobody published it, as on H100 and H200."""
 ROOM = 0.15
 """Half-width, in ln, of what is known of another's room for sequences: where requests run in waves, a wave more or less
 may be a third of the whole, so a burst is predicted as the mean over rooms this far apart."""
@@ -92,6 +94,7 @@ class Prepared:
     batched_tokens: int
     running: float  # sequences of the replica that run at once
     room: float  # sequences that it would hold, were as many sent
+    graphs: tuple[int, ...] = ()  # batches of CUDA graphs that decode steps are padded to
 
 
 def predict(ask: Ask, layout: Layout, load: Load, catalog: Catalog, factors: Factors | None = None) -> Speed:
@@ -150,6 +153,7 @@ def peaks_of(accelerator: Accelerator, precision: Precision, layout: Layout, fp8
         experts=_peak(accelerator, experts),
         attention=_peak(accelerator, "8" if fp8 and 0.5 in accelerator.flops else "16")[0],
         prompts=_peak(accelerator, "8" if fp8 and 1.0 in accelerator.flops else "16")[0],
+        vector=vector(accelerator),
         fp4=0.5 in accelerator.flops,
         nvidia=nvidia(accelerator),
         attained=attained(accelerator),
@@ -164,6 +168,13 @@ def attained(accelerator: Accelerator) -> float:
     if accelerator.measured_flops_16bit is None or peak is None:
         return 1.0
     return accelerator.measured_flops_16bit / peak / MEASURED
+
+
+def vector(accelerator: Accelerator) -> float:
+    """Peak in FP32 of the cores beside the matrix units, operations a second."""
+    if accelerator.vector_flops is not None:
+        return accelerator.vector_flops
+    return max(accelerator.flops.values()) / VECTOR
 
 
 def nvidia(accelerator: Accelerator) -> bool:
@@ -255,7 +266,14 @@ def finish(at: Prepared, factors: Factors) -> Speed:
     """The speed that factors give. Pure."""
     layout, load, w = at.layout, at.load, at.work
     turn = roofline.cycle(
-        w, factors.rates(at.peaks), at.running, load.new_tokens, load.output_tokens, at.batched_tokens, at.route
+        w,
+        factors.rates(at.peaks),
+        at.running,
+        load.new_tokens,
+        load.output_tokens,
+        at.batched_tokens,
+        at.route,
+        graphs=at.graphs,
     )
     output = turn.running * load.output_tokens / turn.total_s
     waiting = max(0.0, load.concurrency - turn.running)
@@ -312,7 +330,14 @@ def burst_s(at: Prepared, factors: Factors, requests: float, *, spread: bool) ->
 
     def cycle(sequences: float) -> roofline.Cycle:
         return roofline.cycle(
-            at.work, rates, sequences, load.new_tokens, load.output_tokens, at.batched_tokens, at.route
+            at.work,
+            rates,
+            sequences,
+            load.new_tokens,
+            load.output_tokens,
+            at.batched_tokens,
+            at.route,
+            graphs=at.graphs,
         )
 
     def in_waves(room: float) -> float:

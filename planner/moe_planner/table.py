@@ -217,6 +217,19 @@ def admission(row: Mapping[str, str], engine: str) -> tuple[float, float | None]
     return 1.0, float(said.group(1)) if said else 0.9
 
 
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 1024, 2048, 4096, 8192)
+
+
+def graphs(row: Mapping[str, str]) -> tuple[int, ...]:
+    """Batches of the CUDA graphs that decode steps are padded to, in runs of TensorRT-LLM's performance overview.
+
+    Its options turn padding on and list these batches (docs/source/developer-guide/perf-overview.md @03e27c7, read
+    2026-11-24); releases 0.x built engines, which have no such graphs. Nothing else is known to pad so coarsely.
+    """
+    overview = "perf-overview" in row.get("source", "") and not re.search(r"\b0\.", row.get("engine_version", ""))
+    return GRAPHS if overview and engine(row["engine"]) == "tensorrt-llm" else ()
+
+
 def count(text: str) -> int | None:
     digits = re.fullmatch(r"\s*(\d{1,6})(?:\.0*)?\s*", text)
     return int(digits.group(1)) if digits else None

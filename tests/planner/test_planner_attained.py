@@ -1,4 +1,4 @@
-"""What a GPU attains by the form of its matrices: narrow experts, tiles to fill up, scales in blocks, FP8 prompts."""
+"""What a GPU attains by the form of its matrices: narrow experts, what is filled up, scales in blocks, attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_planner.weights import Layout
 
 CATALOG = catalog.packaged()
 QWEN = CATALOG.models["qwen3-235b-a22b"]
-H200, B200, A100 = (CATALOG.accelerators[f"nvidia-{name}"] for name in ("h200", "b200", "a100-80gb"))
+H200, H20, B200, A100 = (CATALOG.accelerators[f"nvidia-{name}"] for name in ("h200", "h20", "b200", "a100-80gb"))
 FP8 = CATALOG.precisions["fp8"]
 TENSOR = replace(FP8, block=1)
 
@@ -97,11 +97,71 @@ def test_scales_in_blocks_are_a_kind_of_their_own(
     assert work.gemm(precision, "experts", accelerator) == wanted
 
 
-def test_scales_in_blocks_lower_the_share_of_the_same_peak() -> None:
-    blocks, tensor = (_rates(replace(_ask(H200), precision=form)) for form in (FP8, TENSOR))
-    assert blocks.expert_flops / tensor.expert_flops == pytest.approx(START.blocks)
-    assert blocks.linear_flops / tensor.linear_flops == pytest.approx(START.blocks)
+@pytest.mark.parametrize("gpu", [H200, H20], ids=["H200", "H20"])
+def test_cores_beside_the_matrix_units_add_up_what_blocks_give(gpu: catalog.Accelerator) -> None:
+    """One multiply-add in FP32 for the 128 columns under a scale, after what the matrix units take for them."""
+    blocks, tensor = (_rates(replace(_ask(gpu), precision=form)) for form in (FP8, TENSOR))
+    assert gpu.vector_flops is not None
+    adding = 2.0 / (gpu.vector_flops * START.blocks)  # seconds for one sum of 128 products, in each GPU's own terms
+    assert 256 / blocks.expert_flops == pytest.approx(256 / tensor.expert_flops + adding)
+    assert 256 / blocks.linear_flops == pytest.approx(256 / tensor.linear_flops + adding)
     assert blocks.bandwidth == tensor.bandwidth
+
+
+def test_blocks_cost_least_where_much_fp32_goes_with_little_fp8() -> None:
+    """H20's FP32 peak is a seventh of its FP8 peak, H200's a thirtieth."""
+
+    def left(gpu: catalog.Accelerator) -> float:
+        blocks, tensor = (_rates(replace(_ask(gpu), precision=form)) for form in (FP8, TENSOR))
+        return float(blocks.expert_flops / tensor.expert_flops)
+
+    assert left(H200) < left(H20) < 1.0
+
+
+def test_an_fp32_peak_that_nobody_published_is_a_thirtieth_of_the_fp8_peak() -> None:
+    bare = replace(H20, vector_flops=None)
+    assert speed.vector(bare) == pytest.approx(H20.flops[1.0] / 30)
+    assert speed.vector(H20) == 44e12
+    assert speed.vector(H200) / H200.flops[1.0] == pytest.approx(1 / 30, rel=0.02)
+
+
+GRAPHED = {
+    "up to the next graph": (600.0, (512, 1024), 1024.0),
+    "a batch that has its graph": (512.0, (512, 1024), 512.0),
+    "above the largest": (1500.0, (512, 1024), 1500.0),
+    "nothing is padded": (600.0, (), 600.0),
+}
+
+
+@pytest.mark.parametrize("case", GRAPHED.values(), ids=GRAPHED)
+def test_steps_are_padded_to_a_cuda_graph(case: tuple[float, tuple[int, ...], float]) -> None:
+    sequences, graphs, wanted = case
+    assert roofline.captured(sequences, graphs) == wanted
+
+
+def test_padded_rows_compute_and_read_no_cache() -> None:
+    w = speed.prepare(_ask(H200), Layout(1, 4, 4), Load(1024, 1024, 64), CATALOG).work
+    rates = replace(_rates(_ask(H200)), padding=0.0)
+    bare, padded, full = (
+        roofline.decode(w, rates, batch, graphs=graphs) for batch, graphs in ((600, ()), (600, (1024,)), (1024, ()))
+    )
+    assert padded.linear == pytest.approx(full.linear)
+    assert bare.experts < padded.experts == pytest.approx(full.experts, rel=0.02)
+    assert (padded.core, padded.launch) == (bare.core, bare.launch)
+
+
+OVERVIEW = {
+    "TensorRT-LLM's overview": ("TensorRT-LLM", "1.0 (PyTorch backend)", "x/perf-overview.md @1", True),
+    "an engine that was built": ("TensorRT-LLM", "0.14.0 (TensorRT engine)", "x/perf-overview.md @1", False),
+    "somebody else's run": ("TensorRT-LLM", "1.0.0", "gpustack", False),
+    "another engine": ("vLLM", "1.0", "x/perf-overview.md @1", False),
+}
+
+
+@pytest.mark.parametrize("case", OVERVIEW.values(), ids=OVERVIEW)
+def test_whose_steps_are_padded(case: tuple[str, str, str, bool]) -> None:
+    engine, version, source, padded = case
+    assert bool(table.graphs({"engine": engine, "engine_version": version, "source": source})) is padded
 
 
 ATTENTION = {
