@@ -73,7 +73,7 @@ TAKEN: dict[str, tuple[str, str, int, dict[str, Any], Layout, str]] = {
         R1, "nvidia-h200", 8, {"slo": {"itlP95": "1s"}}, Layout(4, 2, 8), "1.3 times the output of tensor 8 × data 1",
     ),
     "more output, and not clearly more": (
-        R1, "nvidia-h200", 8, {}, WIDE, "no other is predicted to give 1.22 times",
+        R1, "nvidia-h200", 8, {}, WIDE, "no other is predicted to give 1.21 times",
     ),
     "grouped attention with a head for each rank": (
         QWEN, "nvidia-h100", 4, {}, Layout(4, expert=4), "first in order",
