@@ -45,6 +45,19 @@ def test_parts_counted_by_hand(name: str) -> None:
     assert {each.name: each.params for each in weights.parts(MODELS[key])}[part] == params
 
 
+# Whole models whose attention stands under others, against what was counted elsewhere.
+WHOLE = {
+    "Grok-2: tensors of its checkpoint (xai-org/grok-2, discussion 24)": ("grok-2", 269_515_497_472),
+    "Gemma 4: as transformers 5.19 builds Gemma4ForCausalLM": ("gemma-4-26b-a4b", 25_233_141_760),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models_to_the_parameter(name: str) -> None:
+    key, params = WHOLE[name]
+    assert weights.total_params(MODELS[key]) == params
+
+
 def test_tied_embeddings_have_no_head() -> None:
     names = [part.name for part in weights.parts(MODELS["ernie-4.5-21b-a3b"])]
     assert "head" not in names
