@@ -7,7 +7,7 @@ PYTHON ?= python3
 FILE ?= manifests/examples/laptop.yaml
 STAMP := .venv/.moestack-stamp
 
-.PHONY: help setup up down test test-full check unit faults cluster control-plane engine versions gpu lock
+.PHONY: help setup up down test test-full check unit faults cluster control-plane engine e2e node versions gpu lock
 .PHONY: chart crd rbac golden fmt system browser node-sdks reference
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
@@ -62,6 +62,13 @@ cluster: setup control-plane ## tests on a real Kubernetes control plane and the
 engine: setup ## tests on the real vLLM and Ray Serve, one after another
 	.venv/bin/pytest -m "engine and not full"
 
+node: ## build the kubelet, containerd and the rest of the node that `make e2e` runs: once, minutes
+	@tools/system-packages node
+	@$(PYTHON) tools/node/build.py
+
+e2e: setup control-plane node ## all of it on a real cluster with a node, in namespaces of its own (root): not part of `make test`
+	$(PYTHON) tools/node/alone.py .venv/bin/pytest -m e2e tests/e2e
+
 gpu: ## tests on a CUDA device, in an environment with the stock vllm wheel (PY=…): not part of `make test`
 	$(PY) -m pytest -m gpu tests/gpu
 	$(PY) -m benchmarks.capacity --device cuda
@@ -75,7 +82,7 @@ browser: ## install chromium, which the console's test drives (Debian, as root),
 	@tools/system-packages browser
 
 test-full: check control-plane browser ## the long forms as well
-	.venv/bin/pytest -m "not gpu"
+	.venv/bin/pytest -m "not gpu and not e2e"
 
 crd: setup ## write the CRD from the types
 	$(PY) -m moe_cli.main crd --write manifests/crd/moestack.dev_moedeployments.yaml

@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ GROUPS_BY_USER: dict[str, tuple[str, ...]] = {
     "kube-scheduler": ADMINS,
     "kwok": ADMINS,
     "kuberay": ADMINS,
+    "node": ADMINS,  # kubelet, kube-proxy and DNS, where a test has a real node
 }
 CONTROLLERS = (
     "garbage-collector-controller",
@@ -99,6 +100,8 @@ class ControlPlane:
     assets: Path
     certificates: Certificates
     tokens: dict[str, str]
+    advertised: str | None = None  # the address of a real node, whose pods reach the API server there; else none can
+    more_controllers: Sequence[str] = ()
     url: str = ""
     kubeconfigs: dict[str, Path] = field(default_factory=dict)
     components: dict[str, Component] = field(default_factory=dict)  # in the order of their start
@@ -262,9 +265,7 @@ class ControlPlane:
             return [
                 "kube-apiserver",
                 f"--etcd-servers=http://127.0.0.1:{etcd_port}",
-                "--bind-address=127.0.0.1",
-                "--advertise-address=127.0.0.1",
-                "--endpoint-reconciler-type=none",  # it refuses to advertise a loopback address
+                *self._addresses(),
                 f"--secure-port={ports[0]}",
                 f"--tls-cert-file={files.server}",
                 f"--tls-private-key-file={files.server_key}",
@@ -286,15 +287,23 @@ class ControlPlane:
             self._kubeconfig(user)
         self.start_controller_manager()
 
+    def _addresses(self) -> list[str]:
+        """Flags that say where the API server listens, and where pods are told that it does."""
+        if self.advertised is None:  # it refuses to tell of a loopback address
+            return ["--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none"]
+        kubelets = "--kubelet-preferred-address-types=InternalIP"  # no DNS knows nodes by name
+        return ["--bind-address=0.0.0.0", f"--advertise-address={self.advertised}", kubelets]
+
     def start_controller_manager(self) -> None:
-        """kube-controller-manager with CONTROLLERS."""
+        """kube-controller-manager with CONTROLLERS and `more_controllers`."""
         self.add(
             "kube-controller-manager",
             1,
             lambda ports: [
                 "kube-controller-manager",
                 *self._serving(ports[0], "kube-controller-manager"),
-                f"--controllers={','.join(CONTROLLERS)}",
+                f"--controllers={','.join([*CONTROLLERS, *self.more_controllers])}",
+                f"--root-ca-file={self.certificates.ca}",
                 "--use-service-account-credentials=false",
                 "--kube-api-qps=200",
                 "--kube-api-burst=400",
@@ -360,7 +369,9 @@ class ControlPlane:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[ControlPlane]:
+def running(
+    folder: Path, *, advertised: str | None = None, more_controllers: Sequence[str] = ()
+) -> Iterator[ControlPlane]:
     """A control plane of one's own in a new folder, stopped afterwards. It takes about 4 s."""
     (folder / "logs").mkdir(parents=True)
     plane = ControlPlane(
@@ -368,6 +379,8 @@ def running(folder: Path) -> Iterator[ControlPlane]:
         assets=binaries(),
         certificates=make_certificates(folder),
         tokens=make_tokens(folder / "tokens.csv", GROUPS_BY_USER),
+        advertised=advertised,
+        more_controllers=more_controllers,
     )
     try:
         plane.start_core()
