@@ -28,8 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON, PREFIX, MODEL = "/opt/python", "/opt/moestack", "/models/tiny"
 PROGRAMS = (
     *("bash", "sh", "env", "sleep", "cat", "ls", "id", "mkdir", "rm", "grep", "sed", "hostname", "ps", "uname", "wget"),
-    *("date", "head", "tail", "nproc", "true"),
+    *("date", "head", "tail", "nproc", "true", "cut", "tr", "sort", "awk", "ldconfig", "lscpu"),
 )
+"""What Ray, KubeRay's probes and vLLM start by name."""
+FORMAT = 2
+"""Raised when what is written changes: part of the names of small layers. Those of environments hang on what is installed."""
 ENVIRONMENT = (
     f"PATH={PREFIX}/bin:{PYTHON}/bin:/usr/bin:/bin",
     "PYTHONUNBUFFERED=1",
@@ -53,7 +56,7 @@ def cache() -> Path:
 def key(*parts: object) -> str:
     """A hash of files and texts."""
     digest = hashlib.sha256()
-    for part in [Path(__file__), ROOT / "tools" / "local_images.py", *parts]:
+    for part in parts:
         digest.update(part.read_bytes() if isinstance(part, Path) else str(part).encode())
     return digest.hexdigest()[:16]
 
@@ -83,12 +86,12 @@ def busybox() -> Image:
         layer.file("/bin/busybox", Path(program))
         layer.link("/bin/sleep", "busybox")
 
-    layer = made_once(cache(), "busybox", key(Path(program)), fill)
+    layer = made_once(cache(), "busybox", key(FORMAT, Path(program)), fill)
     return Image("moestack.test/pause:1", (layer,), {"Env": ["PATH=/bin"], "Cmd": ["sleep", "2147483647"]})
 
 
 def base_layer() -> Path:
-    return made_once(cache(), "base", key(sys.version, sys.base_prefix), _fill_base)
+    return made_once(cache(), "base", key(FORMAT, sys.version, sys.base_prefix, PROGRAMS), _fill_base)
 
 
 def _fill_base(layer: Layer) -> None:
@@ -190,7 +193,7 @@ def engine(tag: str, checkpoint: Path) -> Image:
             layer.tree(inside, package, lambda path: path.name == "__pycache__")
         layer.tree(MODEL, checkpoint)
 
-    own = made_once(cache(), "plugin", key(*_sources(), checkpoint.name), fill)
+    own = made_once(cache(), "plugin", key(FORMAT, *_sources(), checkpoint.name), fill)
     environment = [*ENVIRONMENT, "HOME=/home/moestack", "HF_HUB_OFFLINE=1", "VLLM_CPU_KVCACHE_SPACE=1"]
     config = {"Env": environment, "User": f"{NOBODY}:{NOBODY}", "WorkingDir": "/home/moestack"}
     return Image(tag, (base_layer(), stock, own), config)
