@@ -31,8 +31,8 @@ PROGRAMS = (
     *("date", "head", "tail", "nproc", "true", "cut", "tr", "sort", "awk", "ldconfig", "lscpu"),
 )
 """What Ray, KubeRay's probes and vLLM start by name."""
-FORMAT = 2
-"""Raised when what is written changes: part of the names of small layers. Those of environments hang on what is installed."""
+FORMAT = 3
+"""Raised when what is written changes: part of the names of small layers. Environments go by what is installed."""
 ENVIRONMENT = (
     f"PATH={PREFIX}/bin:{PYTHON}/bin:/usr/bin:/bin",
     "PYTHONUNBUFFERED=1",

@@ -34,9 +34,9 @@ class Layer:
 
     def folder(self, name: str, mode: int = 0o755, owner: int = 0) -> None:
         """A folder, and those above it."""
-        above = str(Path(name).parent)
-        if above not in {".", "/"}:
-            self.folder(above)
+        if name == "/":
+            return
+        self.folder(str(Path(name).parent))
         if self._new(name):
             self._add(name, tarfile.DIRTYPE, mode, owner=owner)
 

@@ -93,8 +93,15 @@ def install(plane: ControlPlane, *more: str) -> str:
     return helm(plane, "install", "moestack", chart, "--namespace", SYSTEM, *values, "--wait", "--timeout", "240s")
 
 
-def deployment(name: str, **more: Any) -> dict[str, Any]:
-    """A MoEDeployment of the tiny checkpoint on this node's cores."""
+def deployment(name: str, fallback_url: str, max_active_seqs: int) -> dict[str, Any]:
+    """A MoEDeployment of the tiny checkpoint on this node's cores, with a closed API to spill to."""
+    target = {
+        "name": "elsewhere",
+        "provider": "openai-compatible",
+        "model": "elsewhere",
+        "baseUrl": fallback_url,
+        "price": {"inputUsdPerMTokens": 1, "outputUsdPerMTokens": 2},
+    }
     return {
         "apiVersion": "moestack.dev/v1alpha1",
         "kind": "MoEDeployment",
@@ -103,10 +110,15 @@ def deployment(name: str, **more: Any) -> dict[str, Any]:
             "model": {"id": MODEL, "source": f"file://{image_contents.MODEL}"},
             "hardware": {"accelerator": "cpu", "gpusPerReplica": 1},
             "replicas": {"min": 1, "max": 1},
-            "engine": {"maxModelLen": 2048, "extraArgs": {"enforce-eager": "true"}},
-            "slo": {"ttftP95": "5s", "itlP95": "500ms"},
+            "engine": {
+                "maxModelLen": 2048,
+                "maxActiveSeqs": max_active_seqs,
+                "extraArgs": {"enforce-eager": "true"},
+            },
+            "slo": {"ttftP95": "800ms", "itlP95": "500ms"},
             "gateway": {"replicas": {"min": 1, "max": 1}},
-            **more,
+            "tuning": {"mode": "Auto"},
+            "fallback": {"targets": [target], "budget": {"usdPerDay": "10"}},
         },
     }
 

@@ -60,6 +60,7 @@ def main(command: list[str]) -> int:
         os.makedirs(name)
     before = {name: (KERNEL / name).read_text() for name in SETTINGS if (KERNEL / name).exists()}
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's, which then ends in order
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what is put back below
     try:
         status = subprocess.run(
             [
