@@ -86,3 +86,12 @@ def test_a_browser_is_installed_for_who_asks_for_one_alone(tmp_path: Path) -> No
     assert run(here).returncode == 0
     asked = run(here, "browser")
     assert (asked.returncode, "not installed: chromium." in asked.stderr) == (1, True)
+
+
+def test_what_a_node_needs_is_installed_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    here = machine(tmp_path, prometheus="#!/bin/sh\n", apt_get='#!/bin/sh\necho "$*" >> {log}\n', id=user(0))
+    assert run(here).returncode == 0
+    assert not (tmp_path / "log").exists()
+    assert run(here, "node").returncode == 0
+    installed = (tmp_path / "log").read_text().splitlines()[-1].split()
+    assert {"runc", "iproute2", "busybox-static"} <= set(installed)
