@@ -171,11 +171,13 @@ def _unknown(spec: MoEDeploymentSpec, hardware: HardwareSpec, catalog: Catalog, 
         return FitVerdict(False, "ParallelismImpossible", f"{found.why}.")
     plan = _bare_plan(spec.parallelism, hardware, catalog, model)
     if hardware.accelerator == CPU:
+        ranks = hardware.gpus_per_replica
+        what, placed = ("rank", "is") if ranks == 1 else ("ranks", "are")
         return FitVerdict(
             None,
             "MemoryUnknown",
-            f"Memory was not checked: on cpu it is the nodes', which is not known here. {hardware.gpus_per_replica}"
-            f" ranks of {spec.model.id} are placed as asked.",
+            f"Memory was not checked: on cpu it is the nodes', which is not known here. {ranks} {what} of"
+            f" {spec.model.id} {placed} placed as asked.",
             plan,
         )
     if model is None:

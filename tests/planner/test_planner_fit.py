@@ -129,6 +129,7 @@ VERDICTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], bool | None, str, str
     "an unknown model": (("org/other", "nvidia-h100", 8), {}, None, "UnknownModel", "published configuration"),
     "a misspelt accelerator": ((R1, "nvidia-h20O", 8), {}, None, "UnknownAccelerator", "nvidia-h200"),
     "cpu ranks": (("org/tiny", "cpu", 2), {}, None, "MemoryUnknown", "2 ranks"),
+    "one cpu rank": (("org/tiny", "cpu", 1), {}, None, "MemoryUnknown", "1 rank of org/tiny is placed"),
     "a form that says no bits": ((QWEN, "nvidia-h100", 4, "CompressedTensors"), {}, None, "UnknownPrecision", "Auto"),
     "a context above the model's": (
         (R1, "nvidia-h200", 8), {"engine": {"maxModelLen": 200_000}}, False, "ContextTooLong", "163840",
