@@ -13,6 +13,11 @@ from typing import Any
 from tests.gateway.fake_upstream import DONE, FINISH, chunk, usage_chunk
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 1024  # of connections in a burst; with the default of 5 the rest are refused
+    daemon_threads = True
+
+
 @dataclass
 class Mock:
     """Where it is, and how often it was asked."""
@@ -41,7 +46,7 @@ def mock_running(host: str) -> Iterator[Mock]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer((host, 0), Handler) as server:
+    with _Server((host, 0), Handler) as server:
         mock.url = f"http://{host}:{server.server_port}/v1"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

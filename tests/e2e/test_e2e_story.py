@@ -131,9 +131,9 @@ def test_prometheus_reads_engine_board_and_gateway(cluster: ControlPlane) -> Non
 def test_a_burst_spills_and_the_spill_ends(cluster: ControlPlane, mock: Mock) -> None:
     """More than the engine can begin in time: what is foreseen to be late is answered elsewhere, and paid for."""
     url, before = gateway(cluster), len(mock.asked)
-    answers = burst(url, seconds=20, at_once=32, max_tokens=64)
+    answers = burst(url, seconds=20, at_once=16, max_tokens=64)
     print(f"burst: {dict(answers.by_target)}")
-    assert not answers.failed
+    assert not answers.failed, answers.failed[:3]
     assert answers.by_target["elsewhere"] == len(mock.asked) - before > 0
     assert answers.by_target.total() > answers.by_target["elsewhere"]
     paid = f'moestack_gateway_spend_usd_total{{deployment="{NAMESPACE}/{NAME}"}} > 0'
@@ -149,7 +149,7 @@ def test_an_upgrade_fails_no_request(cluster: ControlPlane, mock: Mock) -> None:
         eventually("the old revision is gone", lambda: old not in revisions(cluster), SERVED_S, poll_s=1)
     (new,) = revisions(cluster)
     print(f"upgrade: {dict(answers.by_target)}")
-    assert not answers.failed
+    assert not answers.failed, answers.failed[:3]
     assert answers.by_target[old] > 0
     assert answers.by_target[new] > 0
 
