@@ -10,7 +10,7 @@ STAMP := .venv/.moestack-stamp
 .PHONY: help setup up down test test-full check unit faults cluster control-plane engine e2e node versions gpu lock
 .PHONY: chart crd rbac golden fmt system browser node-sdks reference
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort | expand -t 14
 
 .NOTPARALLEL:
 setup: system $(STAMP) ## make .venv from the locks in requirements/, system packages first

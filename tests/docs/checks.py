@@ -92,7 +92,7 @@ def _mute(command: Any) -> None:
 
 
 def make(command: Command) -> str | None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     unknown = [word for word in command.words[1:] if "=" not in word and word not in targets]
     return f"no target {', '.join(unknown)}" if unknown else None
 
