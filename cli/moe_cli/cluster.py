@@ -51,13 +51,13 @@ async def deployment(api: Api, namespace: str, name: str) -> MoEDeployment | Non
     except NotFound as error:
         if not error.kind_missing:
             return None
-        raise _refused("the cluster knows no MoEDeployment", "install the chart, or apply `moectl crd`") from None
+        raise refused("the cluster knows no MoEDeployment", "install the chart, or apply `moectl crd`") from None
     except Forbidden as error:
-        raise _refused(f"{ref}: {error}", "ask for the right to get moedeployments there") from None
+        raise refused(f"{ref}: {error}", "ask for the right to get moedeployments there") from None
     except Unreachable as error:
-        raise _refused(f"the API server does not answer: {error}", "check --context and the network") from None
+        raise refused(f"the API server does not answer: {error}", "check --context and the network") from None
     except ApiError as error:
-        raise _refused(f"{ref}: {error}", "try again") from None
+        raise refused(f"{ref}: {error}", "try again") from None
     try:
         return load_object(found, str(ref))
     except ResourceInvalid as error:
@@ -65,5 +65,6 @@ async def deployment(api: Api, namespace: str, name: str) -> MoEDeployment | Non
         raise Refusal(*(Problem(message=line, remedy=remedy) for line in str(error).splitlines())) from None
 
 
-def _refused(message: str, remedy: str) -> Refusal:
+def refused(message: str, remedy: str) -> Refusal:
+    """A cluster that cannot be asked, or says no."""
     return Refusal(Problem(message=message, remedy=remedy), code=Exit.COULD_NOT_START)

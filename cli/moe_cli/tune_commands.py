@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_cli.outcome import Exit
+from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
 
 if TYPE_CHECKING:
     from moe_cli.tune import Target
+    from moe_cli.tune_cluster import Named
 
 app = typer.Typer(
     help="What the tuner does and why, its past, and what you order of it.",
@@ -31,6 +32,12 @@ Name = Annotated[
     typer.Option("--deployment", help="NAMESPACE/NAME, where one tuner has several.", show_default="the one"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON.")]
+Moed = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", help="MoEDeployment of a cluster.", show_default="the local stack's")
+]
+Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Of NAME.", show_default="default")]
+Context = Annotated[str | None, typer.Option(help="Of the kubeconfig, for NAME.", show_default="its current one")]
+Kubeconfig = Annotated[Path | None, typer.Option(help="For NAME.", show_default="$KUBECONFIG, or ~/.kube/config")]
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="So many decisions.")]
 
 
@@ -89,22 +96,56 @@ def replay(
 
 
 @app.command()
-def pause(state_dir: StateDir = None, url: Url = None, deployment: Name = None, as_json: Json = False) -> None:
-    """Hold every knob where it is, at once; a candidate under trial is taken out first. It outlives a restart."""
-    _order(_target(state_dir, url, deployment, as_json), paused=True)
+def pause(
+    name: Moed = None,
+    reason: Annotated[str | None, typer.Option(help="Why; shown in NAME's status.", show_default="none")] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+    state_dir: StateDir = None,
+    url: Url = None,
+    deployment: Name = None,
+    as_json: Json = False,
+) -> None:
+    """Hold every knob where it is, at once; a candidate under trial is taken out first. It outlives a restart.
+
+    With NAME it is the annotation of a MoEDeployment in a cluster, which GitOps does not undo.
+    """
+    where = _named(name, namespace, context, kubeconfig, as_json)
+    if reason is not None and where is None:
+        problem = Problem(field="--reason", message="is shown in a resource's status", remedy="name a MoEDeployment")
+        raise Refusal(problem)
+    _order(where or _target(state_dir, url, deployment, as_json), reason, paused=True)
 
 
 @app.command()
-def resume(state_dir: StateDir = None, url: Url = None, deployment: Name = None, as_json: Json = False) -> None:
+def resume(
+    name: Moed = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+    state_dir: StateDir = None,
+    url: Url = None,
+    deployment: Name = None,
+    as_json: Json = False,
+) -> None:
     """Take back `pause`. What spec.tuning.paused says stays."""
-    _order(_target(state_dir, url, deployment, as_json), paused=False)
+    where = _named(name, namespace, context, kubeconfig, as_json)
+    _order(where or _target(state_dir, url, deployment, as_json), paused=False)
 
 
 @app.command()
 def pin(
     knob: Annotated[
-        list[str], typer.Argument(help="KNOB holds it where it is; KNOB=VALUE puts it there and holds it.")
+        list[str],
+        typer.Argument(
+            metavar="[NAME] KNOB...",
+            help="KNOB holds it where it is; KNOB=VALUE puts it there and holds it. NAME: MoEDeployment of a cluster.",
+        ),
     ],
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
     state_dir: StateDir = None,
     url: Url = None,
     deployment: Name = None,
@@ -113,12 +154,21 @@ def pin(
     """Hold knobs (experts.capacityFactor.prefill, engine.maxActiveSeqs, fallback.missProbability, …)."""
     from moe_cli.tune import parse_pin
 
-    _order(_target(state_dir, url, deployment, as_json), pins=dict(parse_pin(text) for text in knob))
+    name, knobs = _words(knob)
+    where = _named(name, namespace, context, kubeconfig, as_json)
+    pins = dict(parse_pin(text) for text in knobs)
+    _order(where or _target(state_dir, url, deployment, as_json), pins=pins)
 
 
 @app.command()
 def unpin(
-    knob: Annotated[list[str], typer.Argument(help="As it was pinned.")],
+    knob: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME] KNOB...", help="As it was pinned. NAME: MoEDeployment of a cluster."),
+    ],
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
     state_dir: StateDir = None,
     url: Url = None,
     deployment: Name = None,
@@ -127,8 +177,10 @@ def unpin(
     """Take back `pin`. Pins of the resource stay."""
     from moe_cli.tune import parse_pin
 
-    unpinned = tuple(parse_pin(text)[0] for text in knob)
-    _order(_target(state_dir, url, deployment, as_json), unpin=unpinned)
+    name, knobs = _words(knob)
+    where = _named(name, namespace, context, kubeconfig, as_json)
+    unpinned = tuple(parse_pin(text)[0] for text in knobs)
+    _order(where or _target(state_dir, url, deployment, as_json), unpin=unpinned)
 
 
 @app.command()
@@ -145,11 +197,39 @@ def report(
     _end(asyncio.run(tune.report_page(_target(state_dir, url, deployment, False), Say(), output, hours)))
 
 
-def _order(target: Target, **change: Any) -> None:
-    from moe_cli import tune
+def _words(words: list[str]) -> tuple[str | None, list[str]]:
+    """NAME, if there is one, and the knobs. Raises Refusal without a knob."""
+    from moe_cli.tune_cluster import split
+
+    name, knobs = split(words)
+    if not knobs:
+        raise Refusal(Problem(field="KNOB", message=f"none is named for {name}", remedy="such as engine.maxActiveSeqs"))
+    return name, knobs
+
+
+def _named(
+    name: str | None, namespace: str | None, context: str | None, kubeconfig: Path | None, as_json: bool
+) -> Named | None:
+    """The MoEDeployment that is meant; None for the local stack's. Raises Refusal."""
+    from moe_cli.cluster import Access
+    from moe_cli.tune_cluster import Named
+
+    if name is not None:
+        return Named(name, namespace or "default", Access(kubeconfig, context), as_json)
+    if (namespace, context, kubeconfig) != (None, None, None):
+        message = "a cluster is named, and no MoEDeployment of it"
+        raise Refusal(Problem(field="NAME", message=message, remedy="name one: kubectl get moed -A lists them"))
+    return None
+
+
+def _order(target: Target | Named, reason: str | None = None, **change: Any) -> None:
+    from moe_cli import tune, tune_cluster
     from moe_cli.tune_text import OrderChange
 
-    _end(asyncio.run(tune.order(target, Say(), OrderChange(**change))))
+    if isinstance(target, tune.Target):
+        _end(asyncio.run(tune.order(target, Say(), OrderChange(**change))))
+    else:
+        _end(asyncio.run(tune_cluster.order(target, Say(), OrderChange(**change), reason)))
 
 
 def _end(code: Exit) -> None:

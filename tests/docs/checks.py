@@ -78,7 +78,7 @@ def moectl(command: Command) -> str | None:
         if command.block or not (INCOMPLETE.search(said) or type(error).__name__ == "NoArgsIsHelpError"):
             return said
     if words[:2] in (["tune", "pin"], ["tune", "unpin"]):
-        for knob in words[2:]:
+        for knob in [word for word in words[2:] if "." in word]:  # what has no dot is a resource, or an option
             parse_pin(knob)
     return None
 

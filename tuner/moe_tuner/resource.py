@@ -188,6 +188,20 @@ def _pins(text: str) -> dict[str, str | int | None]:
     return found
 
 
+def pins_of(annotations: Mapping[str, str]) -> dict[str, str | int | None]:
+    """Pins of the annotation: knob → value, None where it is held as it is. Raises ValueError for an unreadable one."""
+    return _pins(annotations.get(PINS, ""))
+
+
+def pins_refused(obj: Obj, text: str) -> str:
+    """Why the tuner of this MoEDeployment would not take such an annotation of pins; "" where it would."""
+    try:
+        _parsed(obj, {knob: value for knob, value in _pins(text).items() if value is not None})
+    except (Unreadable, ResourceInvalid) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
 def _fields(resource: MoEDeployment, pins: Mapping[str, Any], *, paused: bool) -> dict[str, Any]:
     """Fields of a TunerConfig that the resource and its annotations decide. Raises nothing."""
     fields = process_config.tuning(resource)
