@@ -345,6 +345,10 @@ class ClusterTunerConfig(Model):
     host: str = "127.0.0.1"
     port: Port = 0
     log_level: str = "INFO"
+    console: ConsoleConfig | None = Field(
+        default=None,
+        description="None: there is none. It takes no orders: those are annotations of the resource",
+    )
 
 
 class ServingConfig(Model):

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from moe_core.config import OperatorConfig
+from moe_core.signing import Signer
 from moe_operator import chart
+from moe_tuner.settings import load_cluster
 from tests.cluster import operators
 from tests.cluster.control_plane import ROOT, ControlPlane, eventually
 
@@ -32,6 +34,13 @@ EVERYTHING = (
     *("--set", "imagePullSecrets[0].name=pull", "--set", "monitoring.enabled=true"),
     *("--set", "monitoring.labels.team=serving", "--set", "operator.nodeSelector.pool=system"),
     *("--set", "dashboards.enabled=true", "--set", "dashboards.labels.team=serving"),
+    *("--set", "tuner.console.enabled=true", "--set", "tuner.console.tokenSecret.name=console"),
+    *(
+        "--set",
+        "tuner.console.hosts={tuner.example}",
+        "--set",
+        "tuner.console.from[0].podSelector.matchLabels.app=edge",
+    ),
     *("--set", "tuner.studies.url=postgresql://u@h/d", "--set", "tuner.studies.passwordSecret.name=studies"),
 )
 CUSTOM = {"PodMonitor", "PrometheusRule"}
@@ -109,6 +118,8 @@ BAD = {
     "a dashboard that is none": ((*IMAGES, "--set", "dashboards.enable=true"), "enable"),
     "a tuner without Prometheus": ((*IMAGES, "--set", "tuner.prometheusUrl="), "prometheusUrl"),
     "studies in another database": ((*IMAGES, "--set", "tuner.studies.url=mysql://u@h/d"), "url"),
+    "a console without tokens": ((*IMAGES, "--set", "tuner.console.enabled=true"), "tuner.console.tokenSecret.name"),
+    "a console that takes orders": ((*IMAGES, "--set", "tuner.console.operateSecret=x"), "operateSecret"),
     "a digest that is none": ((*IMAGES, "--set", "image.digest=abc"), "digest"),
 }
 
@@ -160,8 +171,26 @@ def test_the_tuner_can_be_left_out_and_reads_no_key_but_its_own(control_plane: C
     volumes = one(made, "Deployment", "moestack-tuner")["spec"]["template"]["spec"]["volumes"]
     assert [[item["key"] for item in each["secret"]["items"]] for each in volumes if "secret" in each] == [
         ["tuner.key"],
+        ["token"],
         ["password"],
     ]
+
+
+def test_the_console_is_off_until_it_is_asked_for(control_plane: ControlPlane, tmp_path: Path) -> None:
+    plain, asked = (rendered(control_plane, "moestack-system", *values) for values in (IMAGES, EVERYTHING))
+    assert "console" not in yaml.safe_dump(one(plain, "Deployment", "moestack-tuner"))
+    assert "console" not in one(plain, "ConfigMap", "moestack-tuner")["data"]["tuner.json"]
+    path = tmp_path / "tuner.json"
+    Signer.generate().save(tmp_path / "tuner.key")
+    document = json.loads(one(asked, "ConfigMap", "moestack-tuner")["data"]["tuner.json"])
+    path.write_text(json.dumps({**document, "signingKeyFile": str(tmp_path / "tuner.key")}))
+    console = load_cluster(path).console
+    assert console is not None
+    assert (console.hosts, console.operate_token_file) == (("tuner.example",), None)
+    (container,) = one(asked, "Deployment", "moestack-tuner")["spec"]["template"]["spec"]["containers"]
+    assert str(Path(console.read_token_file).parent) in {each["mountPath"] for each in container["volumeMounts"]}
+    peers = [len(one(made, "NetworkPolicy", "moestack-tuner")["spec"]["ingress"][0]["from"]) for made in (plain, asked)]
+    assert peers == [1, 2]
 
 
 def test_the_plain_manifest_is_the_chart(control_plane: ControlPlane) -> None:

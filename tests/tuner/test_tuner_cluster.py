@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from moe_api.annotations import OPERATOR_MANAGER, PAUSE_REASON, PAUSED, PINS, TUNER_MANAGER
+from moe_core.config import ConsoleConfig
+from moe_core.http import session
 from moe_core.moments import rfc3339
 from moe_core.signing import Signer
 from moe_kube.faults import answer
 from moe_kube.managed import owned
 from moe_kube.objects import EVENT, LEASE
+from moe_tuner.settings import ConfigRefused
 from tests.tuner.tuner_cluster import NAMESPACE, World, revision, until, world
 from tests.tuner.tuner_fleet import burst
 from tests.tuner.tuner_world import setting
@@ -272,3 +275,32 @@ async def test_lost_files_are_no_loss_and_old_ones_are_not_believed(tmp_path: Pa
         await until("the last safe setting is sent again", lambda: bool(one.board.applied))
         assert one.board.applied[0].engine.max_active_seqs == 24
         assert one.board.applied[0].version > 9
+
+
+async def test_the_console_of_a_cluster_refuses_strangers_and_takes_no_orders(tmp_path: Path) -> None:
+    token = tmp_path / "read"
+    token.write_text("r" * 40)
+    console = ConsoleConfig(read_token_file=str(token))
+    async with world(tmp_path) as w:
+        await w.whole("a")
+        tuner = await w.tuner(console=console)
+        url = f"http://127.0.0.1:{tuner.port}"
+        await until("it is recorded", lambda: w.tuning("a").get("safe"))
+        shown = {"Authorization": f"Bearer {'r' * 40}"}
+        async with session() as client:
+            for path in ("/console/api/deployments", "/v1/status", "/v1/deployments"):
+                assert (await client.get(url + path)).status == 401, path
+                assert (await client.get(url + path, headers=shown)).status == 200, path
+            for path in ("/metrics", "/healthz", "/readyz"):
+                assert (await client.get(url + path)).status == 200, path
+            mark = {**shown, "X-Moestack-Console": "1"}
+            assert (await client.put(f"{url}/console/api/orders", headers=mark, data=b"{}")).status == 403
+
+
+@pytest.mark.parametrize("text", [None, "short"])
+async def test_a_console_without_tokens_does_not_start(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "read").write_text(text)
+    async with world(tmp_path) as w:
+        with pytest.raises(ConfigRefused, match="console"):
+            await w.tuner(console=ConsoleConfig(read_token_file=str(tmp_path / "read")))

@@ -30,6 +30,8 @@ from moe_kube.fence import FencedApi
 from moe_kube.lease import Election, own_identity
 from moe_kube.objects import LEASE, MOE_DEPLOYMENT, Ref
 from moe_kube.throttle import Throttled
+from moe_tuner.console.rights import LOOPBACK
+from moe_tuner.console.routes import load_tokens, mount
 from moe_tuner.deployment import Shared
 from moe_tuner.exporter import Families
 from moe_tuner.fleet import Fleet
@@ -57,8 +59,11 @@ class ClusterTuner:
     """A running tuner. `start`, then `port`; `stop` ends it. The caller closes `api` and `client`."""
 
     def __init__(self, config: ClusterTunerConfig, api: Api, client: aiohttp.ClientSession, *, clock: Clock) -> None:
+        """Raises ConfigRefused for tokens of the console that cannot be read or are too short."""
         self.config = config
         self.port = 0
+        self._client = client
+        self._tokens = None if config.console is None else load_tokens(config.console)
         self._clock = clock
         self._log = get_log("tuner")
         self._writer = config.identity or socket.gethostname()
@@ -100,6 +105,18 @@ class ClusterTuner:
         """Listen, follow the cluster, and stand for election. Raises OSError for a port that is not to be had."""
         app = application(self.fleet, self._families)
         app.router.add_get("/readyz", self._readyz)
+        if self._tokens is not None and self.config.console is not None:
+            loopback = self.config.host in LOOPBACK
+            mount(
+                app,
+                self.fleet,
+                self.config.console,
+                self._tokens,
+                client=self._client,
+                clock=self._clock,
+                log=self._log,
+                loopback=loopback,
+            )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
         await web.TCPSite(self._runner, self.config.host, self.config.port).start()

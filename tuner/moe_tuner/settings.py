@@ -70,6 +70,9 @@ def load_cluster(path: Path) -> ClusterTunerConfig:
     doubled = [name for name in config.namespaces if config.namespaces.count(name) > 1 or not name]
     if doubled:
         raise ConfigRefused(f"namespaces: {doubled[0]!r} is empty or there twice; name each once, or none for all")
+    if config.console is not None and config.console.operate_token_file is not None:
+        why = "in a cluster orders are annotations of the resource, which outlive a pod; leave it out"
+        raise ConfigRefused(f"console.operateTokenFile: {why}")
     load_signer(config.signing_key_file)
     return config
 

@@ -66,6 +66,14 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   "port" 8080
   "logLevel" .Values.tuner.logLevel
 -}}
+{{- with .Values.tuner.console }}
+{{- if .enabled }}
+{{- $_ := required "tuner.console.tokenSecret.name: name a Secret of the release's namespace with a token of 32 characters or more" .tokenSecret.name }}
+{{- $console := dict "readTokenFile" "/etc/moestack/console/read" "hosts" .hosts }}
+{{- if .usdPerGpuHour }}{{ $_ := set $console "usdPerGpuHour" .usdPerGpuHour }}{{ end -}}
+{{- $_ := set $config "console" $console }}
+{{- end }}
+{{- end }}
 {{- with .Values.tuner.studies }}
 {{- if .url }}{{ $_ := set $config "storageUrl" .url }}{{ end -}}
 {{- if .passwordSecret.name }}{{ $_ := set $config "storagePasswordFile" "/etc/moestack/studies/password" }}{{ end -}}
