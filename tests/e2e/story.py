@@ -118,6 +118,8 @@ def deployment(name: str, fallback_url: str, max_active_seqs: int) -> dict[str, 
             "slo": {"ttftP95": "800ms", "itlP95": "500ms"},
             "gateway": {"replicas": {"min": 1, "max": 1}},
             "tuning": {"mode": "Auto"},
+            # Two engines on two cores keep no SLO: that is no reason to go back.
+            "upgrade": {"steps": [50, 100], "stepDuration": "10s", "rollbackOnSloMiss": False},
             "fallback": {"targets": [target], "budget": {"usdPerDay": "10"}},
         },
     }
