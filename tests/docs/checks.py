@@ -36,7 +36,19 @@ KINDS = {
         "pods",
         "pod",
     ),
-    *("deployment", "deploy", "rayservice", "rayservices", "events", "networkpolicy", "service", "svc", "job", "nodes"),
+    *(
+        "deployment",
+        "deploy",
+        "rayservice",
+        "rayservices",
+        "events",
+        "networkpolicy",
+        "service",
+        "svc",
+        "job",
+        "nodes",
+        "lease",
+    ),
 }
 KINDED = ("get", "describe", "delete", "edit", "patch", "annotate")
 KUBECTL = {
