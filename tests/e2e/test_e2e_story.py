@@ -167,5 +167,10 @@ def test_deleting_it_leaves_nothing(cluster: ControlPlane) -> None:
 
 def test_uninstalling_leaves_what_the_chart_says(cluster: ControlPlane) -> None:
     story.helm(cluster, "uninstall", "moestack", "--namespace", story.SYSTEM, "--wait")
-    listed = cluster.kubectl("get", "pods,services,deployments,roles,secrets", "-n", story.SYSTEM, "-o", "json").stdout
-    assert [one["metadata"]["name"] for one in json.loads(listed)["items"]] == ["moestack-keys"]
+
+    def left() -> list[str]:
+        kinds = "pods,services,deployments,roles,secrets"
+        listed = json.loads(cluster.kubectl("get", kinds, "-n", story.SYSTEM, "-o", "json").stdout)["items"]
+        return [one["metadata"]["name"] for one in listed]
+
+    eventually("only the keys are left", lambda: left() == ["moestack-keys"], 120, poll_s=1)  # pods end by themselves
