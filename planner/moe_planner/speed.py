@@ -174,7 +174,7 @@ def vector(accelerator: Accelerator) -> float:
     """Peak in FP32 of the cores beside the matrix units, operations a second."""
     if accelerator.vector_flops is not None:
         return accelerator.vector_flops
-    return max(accelerator.flops.values()) / VECTOR
+    return accelerator.flops.get(1.0, max(accelerator.flops.values())) / VECTOR
 
 
 def nvidia(accelerator: Accelerator) -> bool:
