@@ -11,7 +11,6 @@ import aiohttp
 from moe_core.clock import Clock
 from moe_core.config import TunerConfig
 from moe_core.log import Log
-from moe_core.passes import Passes
 from moe_core.retry import Backoff
 from moe_core.signing import Signer, Verifier
 from moe_core.wire import Signed, TuningOrders
@@ -61,7 +60,6 @@ class Deployment:
         self._phase_s = phase_s
         self._log = shared.log.bind(deployment=config.deployment)
         self._signer: Signer | None = None
-        self._passes: Passes | None = None
         self._actuator: Actuator | None = None
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -94,7 +92,7 @@ class Deployment:
     @property
     def shown(self) -> str | None:
         """The pass for what the console reads of this deployment; None before the first start."""
-        return None if self._passes is None else self._passes.token(self.name)
+        return None if self._actuator is None else self._actuator.shown
 
     def obey(self, envelope: Signed) -> TuningOrders:
         """A person's signed orders. Raises OrdersRefused, SignatureRefused or CommandInvalid."""
@@ -136,7 +134,6 @@ class Deployment:
         config, shared, log = self._config, self._shared, self._log
         clock, client = shared.clock, shared.client
         self._signer = load_signer(config.signing_key_file)
-        self._passes = Passes(self._signer, clock)
         live = Live(config, log)
         prometheus = Prometheus(config.prometheus_url, config.deployment, shared.workers)
         exporter = Exporter(config.deployment, shared.families)

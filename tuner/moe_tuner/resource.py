@@ -76,8 +76,8 @@ def read(
     except ResourceInvalid as error:
         return Wanted(uid, _held(before, pauses), str(error).splitlines()[0], tuple(pauses), changes_at_s=_ends(pauses))
     try:
-        pins = _pins(annotations.get(PINS, ""))
-        resource = _parsed(obj, {knob: value for knob, value in pins.items() if value is not None})
+        pins = pins_of(annotations)
+        resource = _pinned(obj, pins)
     except (Unreadable, ResourceInvalid) as error:
         pins = {}
         why = str(error).splitlines()[0].removeprefix("object: ").replace("spec.tuning.pins", PINS)
@@ -196,10 +196,15 @@ def pins_of(annotations: Mapping[str, str]) -> dict[str, str | int | None]:
 def pins_refused(obj: Obj, text: str) -> str:
     """Why the tuner of this MoEDeployment would not take such an annotation of pins; "" where it would."""
     try:
-        _parsed(obj, {knob: value for knob, value in _pins(text).items() if value is not None})
+        _pinned(obj, _pins(text))
     except (Unreadable, ResourceInvalid) as error:
         return str(error).splitlines()[0]
     return ""
+
+
+def _pinned(obj: Obj, pins: Mapping[str, str | int | None]) -> MoEDeployment:
+    """The resource as if the pins that have a value were its own. Raises ResourceInvalid."""
+    return _parsed(obj, {knob: value for knob, value in pins.items() if value is not None})
 
 
 def _fields(resource: MoEDeployment, pins: Mapping[str, Any], *, paused: bool) -> dict[str, Any]:
