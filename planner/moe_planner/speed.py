@@ -265,16 +265,7 @@ def sequences(ask: Ask, layout: Layout, cache: float, load: Load, yielded: float
 def finish(at: Prepared, factors: Factors) -> Speed:
     """The speed that factors give. Pure."""
     layout, load, w = at.layout, at.load, at.work
-    turn = roofline.cycle(
-        w,
-        factors.rates(at.peaks),
-        at.running,
-        load.new_tokens,
-        load.output_tokens,
-        at.batched_tokens,
-        at.route,
-        graphs=at.graphs,
-    )
+    turn = _cycle(at, factors.rates(at.peaks), at.running)
     output = turn.running * load.output_tokens / turn.total_s
     waiting = max(0.0, load.concurrency - turn.running)
     step = turn.step
@@ -319,6 +310,14 @@ def _done(w: Work, load: Load, sequences_of_rank: float) -> float:
     return float(sequences_of_rank * (decoded + load.new_tokens * (each + w.prefill_flops)))
 
 
+def _cycle(at: Prepared, rates: roofline.Rates, sequences: float) -> roofline.Cycle:
+    """Steady state of so many sequences at once."""
+    load = at.load
+    return roofline.cycle(
+        at.work, rates, sequences, load.new_tokens, load.output_tokens, at.batched_tokens, at.route, graphs=at.graphs
+    )
+
+
 def burst_s(at: Prepared, factors: Factors, requests: float, *, spread: bool) -> float:
     """Seconds until the last of `requests` that are sent at once has ended.
 
@@ -326,19 +325,10 @@ def burst_s(at: Prepared, factors: Factors, requests: float, *, spread: bool) ->
     recorded conversations, taken as exponential, so that the batch shrinks as e^(−t/mean); else they are all alike
     and end together, in waves.
     """
-    rates, load = factors.rates(at.peaks), at.load
+    rates = factors.rates(at.peaks)
 
     def cycle(sequences: float) -> roofline.Cycle:
-        return roofline.cycle(
-            at.work,
-            rates,
-            sequences,
-            load.new_tokens,
-            load.output_tokens,
-            at.batched_tokens,
-            at.route,
-            graphs=at.graphs,
-        )
+        return _cycle(at, rates, sequences)
 
     def in_waves(room: float) -> float:
         running = min(room, requests)
@@ -361,4 +351,4 @@ def burst_s(at: Prepared, factors: Factors, requests: float, *, spread: bool) ->
         left = running * math.exp(-(index + 0.5) * width)
         batch = max(left / at.layout.data / at.layout.pipeline, 1.0 / at.layout.data)
         drain += float(roofline.decode(at.work, rates, batch, at.route).total) * at.layout.pipeline * width
-    return waves_s + load.output_tokens * max(0.0, drain - float(turn.step_s))
+    return waves_s + at.load.output_tokens * max(0.0, drain - float(turn.step_s))
