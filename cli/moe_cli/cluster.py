@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,23 +46,36 @@ async def connected(access: Access) -> AsyncIterator[Api]:
 async def deployment(api: Api, namespace: str, name: str) -> MoEDeployment | None:
     """The object as it is in the cluster; None where there is none. Raises Refusal."""
     ref = Ref(MOE_DEPLOYMENT, namespace, name)
-    try:
-        found = await api.get(ref)
-    except NotFound as error:
-        if not error.kind_missing:
+    with explained(ref, "right to get", "install the chart, or apply `moectl crd`"):
+        try:
+            found = await api.get(ref)
+        except NotFound as error:
+            if error.kind_missing:
+                raise
             return None
-        raise refused("the cluster knows no MoEDeployment", "install the chart, or apply `moectl crd`") from None
-    except Forbidden as error:
-        raise refused(f"{ref}: {error}", "ask for the right to get moedeployments there") from None
-    except Unreachable as error:
-        raise refused(f"the API server does not answer: {error}", "check --context and the network") from None
-    except ApiError as error:
-        raise refused(f"{ref}: {error}", "try again") from None
     try:
         return load_object(found, str(ref))
     except ResourceInvalid as error:
         remedy = "it was stored by another version of moestack: update moectl, or compare with --against FILE"
         raise Refusal(*(Problem(message=line, remedy=remedy) for line in str(error).splitlines())) from None
+
+
+@contextmanager
+def explained(ref: Ref, rights: str, without_kind: str) -> Iterator[None]:
+    """Failures of calls about that object as sentences with their remedies. Raises Refusal.
+
+    `rights`: what whoever is forbidden lacks; `without_kind`: what to do where the cluster knows no MoEDeployment.
+    """
+    try:
+        yield
+    except Forbidden as error:
+        raise refused(f"{ref}: {error}", f"ask for the {rights} moedeployments there") from None
+    except Unreachable as error:
+        raise refused(f"the API server does not answer: {error}", "check --context and the network") from None
+    except ApiError as error:
+        if isinstance(error, NotFound) and error.kind_missing:
+            raise refused("the cluster knows no MoEDeployment", without_kind) from None
+        raise refused(f"{ref}: {error}", "try again") from None
 
 
 def refused(message: str, remedy: str) -> Refusal:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_api.annotations import PAUSE_REASON, PAUSED, PINS
-from moe_cli.cluster import Access, connected, refused
+from moe_cli.cluster import Access, connected, explained, refused
 from moe_cli.outcome import Exit, Problem, Refusal
 from moe_cli.say import Say
 from moe_cli.tune_text import OrderChange
 from moe_kube.api import Api
-from moe_kube.errors import ApiError, Conflict, Forbidden, Invalid, NotFound, Unreachable
+from moe_kube.errors import Conflict, Invalid, NotFound
 from moe_kube.objects import MOE_DEPLOYMENT, Obj, Ref
 from moe_tuner.resource import pins_of, pins_refused
 
@@ -103,23 +103,19 @@ def operations(obj: Obj, wanted: Mapping[str, str | None]) -> list[dict[str, Any
 
 
 async def _written(api: Api, ref: Ref, change: OrderChange, reason: str | None) -> Obj:
-    for _ in range(ATTEMPTS):
-        try:
-            found = await api.get(ref)
-            patch = operations(found, _wanted(found, change, reason))
-            return await api.json_patch(ref, patch) if patch else found
-        except (Conflict, Invalid) as error:  # another writer was faster: look again
-            last = error
-        except NotFound as error:
-            if error.kind_missing:
-                raise refused("the cluster knows no MoEDeployment", "install the chart") from None
-            raise refused(f"{ref}: there is none", "name it, and its namespace with -n; kubectl get moed -A") from None
-        except Forbidden as error:
-            raise refused(f"{ref}: {error}", "ask for the rights to get and patch moedeployments there") from None
-        except Unreachable as error:
-            raise refused(f"the API server does not answer: {error}", "check --context and the network") from None
-        except ApiError as error:
-            raise refused(f"{ref}: {error}", "try again") from None
+    with explained(ref, "rights to get and patch", "install the chart"):
+        for _ in range(ATTEMPTS):
+            try:
+                found = await api.get(ref)
+                patch = operations(found, _wanted(found, change, reason))
+                return await api.json_patch(ref, patch) if patch else found
+            except (Conflict, Invalid) as error:  # another writer was faster: look again
+                last = error
+            except NotFound as error:
+                if error.kind_missing:
+                    raise
+                remedy = "name it, and its namespace with -n; kubectl get moed -A"
+                raise refused(f"{ref}: there is none", remedy) from None
     raise refused(f"{ref}: not written, {ATTEMPTS} times: {last}", "try again")
 
 
