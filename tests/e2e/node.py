@@ -77,31 +77,17 @@ class Node:
 
     def ctr(self, *arguments: str | Path) -> str:
         """containerd's client, in the namespace of Kubernetes. AssertionError with what it said when it failed."""
-        done = subprocess.run(
-            [self.programs / "ctr", "--address", SOCKET, "--namespace", "k8s.io", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run(self._ctr(*arguments), capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"ctr {' '.join(map(str, arguments))}\n{done.stdout}{done.stderr}"
         return done.stdout
 
+    def _ctr(self, *arguments: str | Path) -> list[str | Path]:
+        return [self.programs / "ctr", "--address", SOCKET, "--namespace", "k8s.io", *arguments]
+
     def load(self, image: Image) -> None:
         """Makes an image known to the kubelet. AssertionError with what containerd's client said."""
-        words = [
-            self.programs / "ctr",
-            "--address",
-            SOCKET,
-            "--namespace",
-            "k8s.io",
-            "images",
-            "import",
-            "--local",
-            "-",
-        ]
-        with subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process:
+        words, pipe = self._ctr("images", "import", "--local", "-"), subprocess.PIPE
+        with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
@@ -128,8 +114,7 @@ class Node:
             self.components.append(start(name, words, log, ready, READY_S, environment))
 
     def _containerd_answers(self) -> bool:
-        words = [self.programs / "ctr", "--address", SOCKET, "version"]
-        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+        return subprocess.run(self._ctr("version"), capture_output=True, check=False).returncode == 0
 
     def _file(self, name: str, content: str) -> Path:
         path = self.config / name

@@ -11,11 +11,11 @@ from moe_serving.tiny import cached_checkpoint
 from tests.cluster.control_plane import ROOT, ControlPlane
 from tests.cluster.kuberay import install_crds, start_kuberay
 from tests.e2e.node import Node
+from tests.e2e.pods import pod
 from tools import image_contents
 
 SYSTEM = "moestack-system"
 CONTROL_IMAGE, ENGINE_IMAGE = "moestack.test/moestack:0.1.0", "moestack.test/engine:0.1.0"
-CLIENT_IMAGE = "moestack.test/base:1"
 MODEL = "Qwen/Qwen3-235B-A22B-FP8"
 SMALL = "100m"
 ADMISSION = "admissionregistration.k8s.io/v1"
@@ -127,26 +127,7 @@ def deployment(name: str, fallback_url: str, max_active_seqs: int) -> dict[str, 
 
 def run_client(plane: ControlPlane, namespace: str, command: str) -> None:
     """A pod `client` that runs a shell command to its end, again until it succeeds."""
-    security = {
-        "runAsNonRoot": True,
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-    container = {
-        "name": "main",
-        "image": CLIENT_IMAGE,
-        "imagePullPolicy": "Never",
-        "command": ["sh", "-c", f"until {command}; do sleep 0.5; done"],
-        "securityContext": security,
-    }
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "client"},
-        "spec": {"containers": [container], "restartPolicy": "Never", "terminationGracePeriodSeconds": 1},
-    }
-    plane.apply(pod, namespace=namespace)
+    plane.apply(pod("client", "sh", "-c", f"until {command}; do sleep 0.5; done"), namespace=namespace)
 
 
 def client_said(plane: ControlPlane, namespace: str) -> str:

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
 
 import pytest
 
 from tests.cluster.control_plane import ControlPlane, eventually
 from tests.cluster.namespaces import fresh_namespace
 from tests.e2e.node import PODS, Node
+from tests.e2e.pods import IMAGE, pod
 from tools import image_contents
 
 pytestmark = [pytest.mark.full, pytest.mark.e2e]
 
-SECURITY = {
-    "runAsNonRoot": True,
-    "allowPrivilegeEscalation": False,
-    "capabilities": {"drop": ["ALL"]},
-    "seccompProfile": {"type": "RuntimeDefault"},
-}
-
-
-def pod(name: str, *command: str) -> dict[str, Any]:
-    """A pod that the restricted standard lets in, with a shell, wget and Python."""
-    container = {
-        "name": "main",
-        "image": "moestack.test/base:1",
-        "imagePullPolicy": "Never",
-        "command": list(command),
-        "securityContext": SECURITY,
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "labels": {"app": name}},
-        "spec": {"containers": [container], "restartPolicy": "Never", "terminationGracePeriodSeconds": 1},
-    }
-
 
 def test_a_pod_reaches_another_by_the_name_of_its_service(plane: ControlPlane, node: Node) -> None:
-    node.load(image_contents.base("moestack.test/base:1"))
+    node.load(image_contents.base(IMAGE))
     with fresh_namespace(plane) as namespace:
         plane.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
         service = {

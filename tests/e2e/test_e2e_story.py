@@ -19,6 +19,7 @@ from tests.e2e.clients import Answers, burst, trickle
 from tests.e2e.clients import ask as ask_once
 from tests.e2e.mock import Mock, mock_running
 from tests.e2e.node import NODE, Node
+from tests.e2e.pods import IMAGE
 from tests.e2e.scrape import URL as PROMETHEUS
 from tests.e2e.scrape import prometheus_running, series
 from tools import image_contents
@@ -34,7 +35,7 @@ MOED = f"/apis/moestack.dev/v1alpha1/namespaces/{NAMESPACE}/moedeployments/{NAME
 def cluster(plane: ControlPlane, node: Node) -> Iterator[ControlPlane]:
     """The cluster with KubeRay, Prometheus and the chart."""
     story.prepare(plane, node)
-    node.load(image_contents.base(story.CLIENT_IMAGE))
+    node.load(image_contents.base(IMAGE))
     with prometheus_running(node):
         story.install(plane, "--set", f"tuner.prometheusUrl={PROMETHEUS}")
         yield plane
